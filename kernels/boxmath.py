@@ -1,0 +1,65 @@
+"""Device code shared by the kernels: geometry of boxes, step for step as in `eager`."""
+
+import triton
+import triton.language as tl
+
+# These spell out `eager`'s order of operations. Division is IEEE (`/` is approximate in Triton), and every launch says
+# enable_fp_fusion=False: a fused multiply-add rounds differently, and a decision may hang on the last bit.
+
+
+@triton.jit
+def load_box(boxes_ptr, index, mask):
+    """x1, y1, x2, y2 of `boxes_ptr` [..., 4] at `index`, in fp32; where `mask` is false, a box without area."""
+    corner = boxes_ptr + index * 4
+    x1 = tl.load(corner, mask=mask, other=0.0).to(tl.float32)
+    y1 = tl.load(corner + 1, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(corner + 2, mask=mask, other=0.0).to(tl.float32)
+    y2 = tl.load(corner + 3, mask=mask, other=0.0).to(tl.float32)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def store_box(boxes_ptr, index, x1, y1, x2, y2, mask):
+    corner = boxes_ptr + index * 4
+    tl.store(corner, x1, mask=mask)
+    tl.store(corner + 1, y1, mask=mask)
+    tl.store(corner + 2, x2, mask=mask)
+    tl.store(corner + 3, y2, mask=mask)
+
+
+@triton.jit
+def iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """IoU of two boxes, elementwise. NaN needs no care in min and max: it comes back through the area."""
+    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+    intersection = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return tl.div_rn(intersection, union)
+
+
+@triton.jit
+def encode(x1, y1, x2, y2, ax1, ay1, ax2, ay2, wx, wy, ww, wh):
+    """Offsets of a box from an anchor."""
+    width = x2 - x1
+    height = y2 - y1
+    anchor_width = ax2 - ax1
+    anchor_height = ay2 - ay1
+    dx = tl.div_rn(wx * ((x1 + 0.5 * width) - (ax1 + 0.5 * anchor_width)), anchor_width)
+    dy = tl.div_rn(wy * ((y1 + 0.5 * height) - (ay1 + 0.5 * anchor_height)), anchor_height)
+    dw = ww * tl.log(tl.div_rn(width, anchor_width))
+    dh = wh * tl.log(tl.div_rn(height, anchor_height))
+    return dx, dy, dw, dh
+
+
+@triton.jit
+def decode(dx, dy, dw, dh, ax1, ay1, ax2, ay2, wx, wy, ww, wh, max_log_scale):
+    """The box at these offsets from an anchor."""
+    anchor_width = ax2 - ax1
+    anchor_height = ay2 - ay1
+    cx = tl.div_rn(dx, wx) * anchor_width + (ax1 + 0.5 * anchor_width)
+    cy = tl.div_rn(dy, wy) * anchor_height + (ay1 + 0.5 * anchor_height)
+    log_width = tl.minimum(tl.div_rn(dw, ww), max_log_scale, propagate_nan=tl.PropagateNan.ALL)
+    log_height = tl.minimum(tl.div_rn(dh, wh), max_log_scale, propagate_nan=tl.PropagateNan.ALL)
+    half_width = 0.5 * (tl.exp(log_width) * anchor_width)
+    half_height = 0.5 * (tl.exp(log_height) * anchor_height)
+    return cx - half_width, cy - half_height, cx + half_width, cy + half_height

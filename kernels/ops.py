@@ -1,0 +1,153 @@
+"""The ops as PyTorch knows them: `torch.ops.ssdcore.*`, their CPU and CUDA kernels, fakes and gradients.
+
+CUDA tensors run Triton, CPU tensors plain PyTorch. With TRITON_INTERPRET=1 in the environment, CPU tensors run the
+Triton kernels in Triton's interpreter instead, so that the kernels are tested where there is no GPU; fp64, which
+the kernels do not take, stays eager. Arguments have been checked by `functional`, the public face.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op, infer_schema
+
+from ssdcore.kernels import eager
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _define(name: str, module: str) -> CustomOpDef:
+    """`ssdcore::<name>`: `eager.<name>` on the CPU, `<module>.<name>_triton` on CUDA, one schema for both."""
+    eager_kernel = getattr(eager, name)
+
+    def on_cuda(*args: Any) -> Any:
+        # Imported on first use, so that the package imports where there is no Triton.
+        return getattr(importlib.import_module(f"ssdcore.kernels.{module}"), f"{name}_triton")(*args)
+
+    def on_cpu(*args: Any) -> Any:
+        wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        return on_cuda(*args) if INTERPRETED and not wide else eager_kernel(*args)
+
+    schema = infer_schema(eager_kernel, mutates_args=())
+    op = custom_op(f"ssdcore::{name}", on_cuda, mutates_args=(), device_types="cuda", schema=schema)
+    op.register_kernel("cpu")(on_cpu)
+    return op
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- boxes ------------------------------------------------------------------------------------------------
+
+box_iou = _define("box_iou", "triton_iou")
+encode_boxes = _define("encode_boxes", "triton_codec")
+decode_boxes = _define("decode_boxes", "triton_codec")
+decode_boxes_backward = _define("decode_boxes_backward", "triton_codec")
+
+
+@box_iou.register_fake
+def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    return boxes1.new_empty(len(boxes1), len(boxes2), dtype=_computed(boxes1))
+
+
+@encode_boxes.register_fake
+@decode_boxes.register_fake
+def _(boxes: Tensor, *_: Any) -> Tensor:
+    return boxes.new_empty(boxes.shape, dtype=_computed(boxes))
+
+
+@decode_boxes_backward.register_fake
+def _(grad: Tensor, deltas: Tensor, *_: Any) -> Tensor:
+    return deltas.new_empty(deltas.shape)
+
+
+def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    deltas, anchors, ctx.weights = inputs
+    ctx.save_for_backward(deltas, anchors)
+
+
+def _differentiate_decode(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return decode_boxes_backward(grad, *ctx.saved_tensors, ctx.weights), None, None
+
+
+decode_boxes.register_autograd(_differentiate_decode, setup_context=_save_decode)
+
+
+# --- matching and loss ------------------------------------------------------------------------------------
+
+match_anchors = _define("match_anchors", "triton_match")
+multibox_loss = _define("multibox_loss", "triton_multibox")
+multibox_loss_backward = _define("multibox_loss_backward", "triton_multibox")
+
+
+@match_anchors.register_fake
+def _(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
+    return anchors.new_empty(len(gt_offsets) - 1, len(anchors), dtype=torch.int64)
+
+
+@multibox_loss.register_fake
+def _(cls_logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_anchors, _num_classes = cls_logits.shape
+    dtype = _computed(cls_logits)
+    return (
+        cls_logits.new_empty((), dtype=dtype),
+        cls_logits.new_empty((), dtype=dtype),
+        cls_logits.new_empty(batch, num_anchors, dtype=dtype),
+        cls_logits.new_empty(batch, num_anchors, dtype=torch.bool),
+        cls_logits.new_empty(batch, dtype=dtype),
+    )
+
+
+@multibox_loss_backward.register_fake
+def _(grad_cls: Tensor, grad_bbox: Tensor, cls_logits: Tensor, box_deltas: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return cls_logits.new_empty(cls_logits.shape), box_deltas.new_empty(box_deltas.shape)
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.weights, _ratio, ctx.beta, _min_negatives, _normalizer = inputs
+    _classification, _bbox_regression, *saved = output
+    ctx.save_for_backward(*tensors, *saved)
+
+
+def _differentiate_loss(ctx: Any, grad_cls: Tensor, grad_bbox: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = multibox_loss_backward(grad_cls, grad_bbox, *ctx.saved_tensors, ctx.weights, ctx.beta)
+    return *grads, *(None,) * 10  # the ground truth, the anchors and the settings have none
+
+
+multibox_loss.register_autograd(_differentiate_loss, setup_context=_save_loss)
+
+
+# --- NMS and postprocess ----------------------------------------------------------------------------------
+
+nms = _define("nms", "triton_nms")
+batched_nms_padded = _define("batched_nms_padded", "triton_nms")
+postprocess_detections = _define("postprocess_detections", "triton_postprocess")
+
+
+@nms.register_fake
+def _(boxes: Tensor, *_: Any) -> Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@batched_nms_padded.register_fake
+def _(
+    boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou: float, max_output: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return (
+        boxes.new_empty(len(boxes), max_output, dtype=torch.int64),
+        boxes.new_empty(len(boxes), dtype=torch.int32),
+    )
+
+
+@postprocess_detections.register_fake
+def _(cls_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, max_detections = len(cls_logits), args[-1]
+    return (
+        cls_logits.new_empty(batch, max_detections, 4, dtype=torch.float32),
+        cls_logits.new_empty(batch, max_detections, dtype=torch.float32),
+        cls_logits.new_empty(batch, max_detections, dtype=torch.int64),
+        cls_logits.new_empty(batch, dtype=torch.int32),
+    )

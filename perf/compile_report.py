@@ -1,0 +1,177 @@
+"""Compile every kernel at its production configuration, for GPUs that need not be there.
+
+The launchers run on CPU tensors with launching replaced by recording, so what is compiled is what they launch: the
+same kernels, block sizes, warps, dtypes and specialisations. Prints registers and spills a thread, as `cuobjdump` counts
+them, and shared memory a program. Exits with 1 if a kernel spills.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    raise SystemExit("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ssdcore.kernels import (
+    triton_codec,
+    triton_iou,
+    triton_match,
+    triton_multibox,
+    triton_nms,
+    triton_postprocess,
+)
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]]:
+    """Collect kernel launches instead of making them."""
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append((self, args, options))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def production(dtype: torch.dtype, batch: int = 2, num_anchors: int = 8732, num_classes: int = 81) -> None:
+    """Call every launcher at the shapes of SSD300 on COCO."""
+    boxes = torch.zeros(batch, num_anchors, 4, dtype=dtype)
+    logits = torch.zeros(batch, num_anchors, num_classes, dtype=dtype)
+    anchors = torch.zeros(num_anchors, 4)
+    gt_boxes, gt_labels = torch.zeros(7, 4), torch.ones(7, dtype=torch.int64)
+    gt_offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    matched = torch.zeros(batch, num_anchors, dtype=torch.int64)
+    scalar = torch.zeros(())
+
+    triton_iou.box_iou_triton(boxes[0], boxes[1])
+    triton_codec.encode_boxes_triton(boxes, anchors, WEIGHTS)
+    triton_codec.decode_boxes_triton(boxes, anchors, WEIGHTS)
+    triton_codec.decode_boxes_backward_triton(boxes.float(), boxes, anchors, WEIGHTS)
+    triton_match.match_anchors_triton(gt_boxes, gt_offsets, anchors, 0.5)
+    truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
+    for normalizer in ("batch", "image"):
+        *_, lse, selected, scale = triton_multibox.multibox_loss_triton(
+            logits, boxes, *truth, WEIGHTS, 3.0, 1.0, 0, normalizer
+        )
+    triton_multibox.multibox_loss_backward_triton(
+        scalar, scalar, logits, boxes, *truth, lse, selected, scale, WEIGHTS, 1.0
+    )
+    for idxs in (None, matched):
+        triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, 200, 0.01)
+    triton_postprocess.postprocess_detections_triton(
+        logits, boxes, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, 400, 200
+    )
+
+
+def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for this launch, and the options it would compile it with."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update({name: value for name, value in options.items() if name in kernel.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, {name: value for name, value in options.items() if name not in kernel.arg_names}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes a thread, from `cuobjdump`."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def compile_all(architecture: str, calls: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    with recorded() as launches:
+        calls()
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    seen = set()
+    for kernel, args, options in launches:
+        source, options = describe(kernel, args, options)
+        if source.hash() in seen:
+            continue
+        seen.add(source.hash())
+        compiled = triton.compile(source, target=target, options=options)
+        dtypes = {kind.removeprefix("*") for kind in source.signature.values() if kind.startswith("*")}
+        yield {
+            "kernel": kernel.__name__,
+            "arch": architecture,
+            "dtypes": " ".join(sorted(dtypes)),
+            "warps": options["num_warps"],
+            **resources(compiled.asm["cubin"]),
+            "shared": compiled.metadata.shared,
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as sm_80 sm_90 sm_100")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    arguments = parser.parse_args()
+
+    rows = []
+    print(f"{'kernel':32}{'arch':8}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>8}  dtypes")
+    for architecture in arguments.arch:
+        for dtype in (torch.float32, torch.bfloat16):
+            for row in compile_all(architecture, lambda dtype=dtype: production(dtype)):
+                rows.append(row)
+                print(
+                    f"{row['kernel']:32}{row['arch']:8}{row['warps']:6}{row['registers']:10}{row['spilled']:8}"
+                    f"{row['shared']:8}  {row['dtypes']}",
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    spilling = sorted({row["kernel"] for row in rows if row["spilled"]})
+    print(f"{len(rows)} kernels compiled; spilling: {', '.join(spilling) or 'none'}")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
