@@ -174,6 +174,7 @@ def multibox_loss(
     positive, gt, label, valid = _assign(matched_idxs, gt_labels, gt_offsets, num_classes)
 
     lse = logits.logsumexp(dim=-1)  # [B, A]
+    lse = torch.where(lse == math.inf, math.nan, lse)  # an infinite logit has no cross-entropy
     # Rounding can leave lse a hair under the logit it is the maximum of; a loss is not negative.
     cross_entropy = (lse - logits.gather(-1, label[..., None])[..., 0]).clamp(min=0)
     cross_entropy = torch.where(valid, cross_entropy, math.nan)

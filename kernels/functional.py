@@ -260,7 +260,7 @@ def multibox_loss(
     image's sums are divided by its own positives, an image without any weighs 0, and the mean over the batch is
     taken, as NVIDIA does.
 
-    A NaN logit of any anchor, selected or not, gives a NaN classification loss, and so does the label of a positive
+    A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss, and so does the label of a positive
     outside 1..C-1 or a match beyond the image's ground truths; memory outside the tensors is never read.
     Differentiable in `cls_logits` and `box_deltas`, once.
 

@@ -27,7 +27,7 @@ from ssdcore.kernels.selection import among_k_largest, kth_largest
 NAN_KEY = 0x7FFFFFFF  # a NaN is the hardest of all
 POSITIVE_KEY = -1  # below every candidate: positives are not mined
 TILE = 4096  # logits a program: 32 rows of 128 columns, 32 a thread at four warps
-MINING_BLOCK = 4096  # keys a step of the mining: 16 a thread at eight warps
+MINING_BLOCK = 1024  # keys a step of the mining: 4 a thread at eight warps
 BATCH_BLOCK = 128  # images a step of the last sum
 
 
@@ -400,9 +400,9 @@ def multibox_loss_backward_triton(
         gt_labels.contiguous(),
         gt_offsets.contiguous(),
         anchors.contiguous(),
-        lse,
-        selected,
-        scale,
+        lse.contiguous(),
+        selected.contiguous(),
+        scale.contiguous(),
         grad_logits,
         grad_deltas,
         num_anchors,

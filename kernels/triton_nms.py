@@ -20,12 +20,15 @@ from ssdcore.kernels.boxmath import iou, load_box
 from ssdcore.kernels.eager import round_down, sort_key
 
 WORD = 32  # boxes a word of the mask
-MAX_BLOCK = 1024  # boxes a program of the mask: eight a thread at four warps, each with one word in a register
+MASK_BLOCK = 1024  # boxes a program of the mask at most: eight a thread at four warps, a word of each in a register
+RESOLVE_BLOCK = 256  # boxes a step of the resolve: their words, taken apart into bits, are 64 registers a thread
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
+def _or_of_all(words):
+    """The bits set in any of `words`. (`tl.reduce` with an operator of our own takes the interpreter forever.)"""
+    bit = tl.arange(0, 32)
+    return tl.sum(tl.max((words[:, None] >> bit[None, :]) & 1, axis=0) << bit)
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def resolve_word(alive, suppresses):
     # Box i is settled after i + 1 rounds at the latest; a few do for real boxes.
     while kept != before:
         before = kept
-        kept = alive & ~tl.reduce(tl.where(((kept >> bit) & 1) != 0, suppresses, 0), 0, _or)
+        kept = alive & ~_or_of_all(tl.where(((kept >> bit) & 1) != 0, suppresses, 0))
     return kept
 
 
@@ -110,7 +113,7 @@ def _resolve_kernel(
             suppressed |= tl.where(kept != 0, tl.load(row_ptr + box, mask=earlier, other=0), 0)
         box = word * 32 + bit
         present = tl.sum((box < candidates).to(tl.int32) << bit)
-        alive = present & ~tl.reduce(suppressed, 0, _or)
+        alive = present & ~_or_of_all(suppressed)
         kept_word = resolve_word(alive, tl.load(row_ptr + box))
         tl.store(kept_words_ptr + word, kept_word)
         # The words after this one read, from other threads, what was just written.
@@ -151,7 +154,7 @@ def batched_nms_padded_triton(
     classes = boxes if idxs is None else idxs.take_along_dim(order, dim=1)
 
     num_words = triton.cdiv(num_boxes, WORD)
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(num_boxes)))
+    block = min(MASK_BLOCK, max(128, triton.next_power_of_2(num_boxes)))
     mask = torch.empty(batch, num_words, num_words * WORD, dtype=torch.int32, device=device)
     _suppression_kernel[(num_words, triton.cdiv(num_boxes, block), batch)](
         boxes,
@@ -177,7 +180,7 @@ def batched_nms_padded_triton(
         num_boxes,
         num_words,
         max_output,
-        BLOCK=block,
+        BLOCK=RESOLVE_BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -26,8 +26,8 @@ from ssdcore.kernels.selection import compact_k_largest, rank_descending
 from ssdcore.kernels.triton_multibox import row_blocks
 from ssdcore.kernels.triton_nms import resolve_word
 
-SELECT_BLOCK = 4096  # keys a step of a selection: 32 a thread at four warps
-ROW_BLOCK = 128  # candidates compared at once: with 32 columns, 32 pairs a thread at four warps
+SELECT_BLOCK = 2048  # keys a step of a selection: 16 a thread at four warps
+ROW_BLOCK = 32  # candidates compared at once: with 32 columns, 8 pairs a thread at four warps
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Compile every kernel at its production configuration, for GPUs that need not be there.
 
 The launchers run on CPU tensors with launching replaced by recording, so what is compiled is what they launch: the
-same kernels, block sizes, warps, dtypes and specialisations. Prints registers and spills a thread, as `cuobjdump` counts
-them, and shared memory a program. Exits with 1 if a kernel spills.
+same kernels, block sizes, warps, dtypes and specialisations. Prints registers and spills a thread, as `cuobjdump`
+counts them, and shared memory a program. Exits with 1 if a kernel spills.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Properties that a detection op must have, to be pointed at any implementation.
 
 Each `check_*` draws problems from `strategies`, runs the given function, and compares it with the oracle of
-`reference`: indices, labels and counts must be equal, numbers within `close.assert_close`. It raises AssertionError with
-the smallest problem it found that goes wrong. A function takes the arguments of its namesake in `ssdcore.kernels`.
+`reference`: indices, labels and counts must be equal, numbers within `close.assert_close`. It raises AssertionError
+with the smallest problem it found that goes wrong. A function takes the arguments of its namesake in `ssdcore.kernels`.
 
     check_nms(torchvision.ops.nms)
     check_nms(my_nms, device="cuda", max_examples=1000)
@@ -38,7 +38,7 @@ def _run(
     device: torch.device | str,
     max_examples: int,
 ) -> None:
-    @settings(max_examples=max_examples, deadline=None)
+    @settings(max_examples=max_examples, deadline=None, report_multiple_bugs=False)
     @given(problems)
     def check(problem: Problem) -> None:
         note(f"problem = {problem}")

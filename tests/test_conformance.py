@@ -1,0 +1,80 @@
+"""The kernels against the oracles, on problems drawn by Hypothesis; and the suite itself against broken ops."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import Path
+from hypothesis import Phase, settings
+from torch import Tensor
+
+from ssdcore import kernels
+from ssdcore.testing import conformance
+
+NAMES = sorted(set(kernels.__all__) - {"Detections", "MultiBoxLoss"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_the_oracle(name: str, path: Path) -> None:
+    check = getattr(conformance, f"check_{name}")
+    check(getattr(kernels, name), device=path.device, max_examples=path.max_examples)
+
+
+def test_torchvision_conforms_where_it_says_the_same() -> None:
+    conformance.check_nms(torchvision.ops.nms)
+    conformance.check_box_iou(torchvision.ops.box_iou)
+
+
+@pytest.fixture
+def without_shrinking() -> Iterator[None]:
+    """That there is a counterexample is enough; making it small takes a minute."""
+    profile = settings.get_current_profile_name()
+    settings.register_profile("find", settings.get_profile(profile), phases=[Phase.generate])
+    settings.load_profile("find")
+    yield
+    settings.load_profile(profile)
+
+
+def _nms_suppressing_at_the_threshold(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    return kernels.nms(boxes, scores, iou_threshold - 1e-6)
+
+
+def _nms_forgetting_its_ties(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    return len(boxes) - 1 - kernels.nms(boxes.flip(0), scores.flip(0), iou_threshold)
+
+
+def _match_first_claim_stands(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
+    matched = kernels.match_anchors(gt_boxes, gt_offsets, anchors, iou_threshold)
+    counts = gt_offsets.diff()[:, None]
+    flipped = [gt_boxes[a:b].flip(0) for a, b in zip(gt_offsets[:-1], gt_offsets[1:], strict=True)]
+    other = kernels.match_anchors(torch.cat([gt_boxes[:0], *flipped]), gt_offsets, anchors, iou_threshold)
+    return torch.where(matched >= 0, counts - 1 - other, matched)
+
+
+def _loss_with_floor(*args: Any, neg_pos_ratio: float, **settings: Any) -> Any:
+    positives = (settings["matched_idxs"] >= 0).sum(1)
+    ratio = float((neg_pos_ratio * positives).floor().max() / positives.max().clamp(min=1)) if len(positives) else 0.0
+    return kernels.multibox_loss(*args, neg_pos_ratio=ratio, **settings)
+
+
+def _postprocess_unclipped(*args: Any, image_sizes: Tensor, **settings: Any) -> Any:
+    return kernels.postprocess_detections(*args, image_sizes=torch.full_like(image_sizes, 10**6), **settings)
+
+
+@pytest.mark.parametrize(
+    ("check", "broken"),
+    [
+        (conformance.check_nms, _nms_suppressing_at_the_threshold),
+        (conformance.check_nms, _nms_forgetting_its_ties),
+        (conformance.check_batched_nms, lambda boxes, scores, idxs, iou: kernels.nms(boxes, scores, iou)),
+        (conformance.check_batched_nms, torchvision.ops.batched_nms),  # negative coordinates
+        (conformance.check_match_anchors, _match_first_claim_stands),
+        (conformance.check_multibox_loss, _loss_with_floor),
+        (conformance.check_postprocess_detections, _postprocess_unclipped),
+    ],
+)
+def test_the_suite_finds_what_is_broken(check: Any, broken: Any, without_shrinking: None) -> None:
+    with pytest.raises(AssertionError):
+        check(broken, max_examples=1000)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+import torchvision
+from conftest import Path
+from helpers import ragged_truths, random_boxes, ssd300_anchors
+from torch import Tensor
+from torchvision.models.detection._utils import SSDMatcher
+
+from ssdcore.kernels import match_anchors
+
+
+def match(path: Path, gt_boxes: Tensor, counts: list[int], anchors: Tensor, threshold: float = 0.5) -> Tensor:
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    return match_anchors(gt_boxes.to(path.device), offsets.to(path.device), anchors.to(path.device), threshold).cpu()
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+def test_equals_torchvision_image_by_image(path: Path, threshold: float) -> None:
+    counts, anchors = [3, 0, 1, 20], ssd300_anchors()
+    gt_boxes, _, offsets = ragged_truths(counts, 5)
+    matched = match(path, gt_boxes, counts, anchors, threshold)
+    for image, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if first == last:
+            assert (matched[image] == -1).all()
+        else:
+            expected = SSDMatcher(threshold)(torchvision.ops.box_iou(gt_boxes[first:last], anchors))
+            assert torch.equal(matched[image], expected)
+
+
+def test_a_truth_that_overlaps_nothing_claims_nothing(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    lost = torch.tensor([[100.0, 100, 110, 110]])
+    assert match(path, lost, [1], anchors).tolist() == [[-1, -1]]
+    # torchvision gives it the first anchor, whatever that is.
+    assert SSDMatcher(0.5)(torchvision.ops.box_iou(lost, anchors)).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    "odd", [[5, 5, 5, 9], [9, 9, 1, 1], [float("nan"), 0, 10, 10], [0, 0, float("inf"), 10]], ids=str
+)
+def test_an_odd_truth_leaves_the_others_alone(path: Path, odd: list[float]) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    gt_boxes = torch.tensor([odd, [21.0, 21, 30, 30], odd])
+    assert match(path, gt_boxes, [3], anchors).tolist() == [[-1, 1]]
+
+
+def test_the_last_claim_on_an_anchor_stands(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    gt_boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 2, 2]])
+    assert match(path, gt_boxes, [3], anchors).tolist() == [[2, -1]]
+
+
+def test_equal_overlaps_go_to_the_lowest(path: Path) -> None:
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    # Both truths claim anchor 0, the second stands; anchors 1 and 2 take the first truth.
+    assert match(path, box.repeat(2, 1), [2], box.repeat(3, 1)).tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("num_anchors", [0, 1, 255, 256, 257])  # around a block of anchors
+def test_block_edges(path: Path, num_anchors: int) -> None:
+    gt_boxes, anchors = random_boxes(5, seed=1), random_boxes(num_anchors, seed=2)
+    matched = match(path, gt_boxes, [5], anchors)
+    assert matched.shape == (1, num_anchors)
+    if num_anchors:
+        assert torch.equal(matched[0], SSDMatcher(0.5)(torchvision.ops.box_iou(gt_boxes, anchors)))
+
+
+def test_a_thousand_truths(path: Path) -> None:
+    count = 1000 if path.full_size else 100
+    gt_boxes, anchors = random_boxes(count, seed=1), random_boxes(300, seed=2)
+    expected = SSDMatcher(0.5)(torchvision.ops.box_iou(gt_boxes, anchors))
+    claims = torchvision.ops.box_iou(gt_boxes, anchors).max(1)
+    assert (claims.values > 0).all()
+    assert torch.equal(match(path, gt_boxes, [count], anchors)[0], expected)
+
+
+def test_empty_batch_and_no_truth(path: Path) -> None:
+    anchors, none = random_boxes(5), torch.zeros(0, 4)
+    assert match(path, none, [], anchors).shape == (0, 5)
+    assert match(path, none, [0, 0], anchors).tolist() == [[-1] * 5] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64])
+def test_dtypes(path: Path, dtype: torch.dtype, offsets_dtype: torch.dtype) -> None:
+    gt_boxes, anchors = random_boxes(4, size=100, seed=1).to(dtype), random_boxes(50, size=100, seed=2).to(dtype)
+    offsets = torch.tensor([0, 4], dtype=offsets_dtype)
+    matched = match_anchors(*(x.to(path.device) for x in (gt_boxes, offsets, anchors)))
+    assert matched.dtype == torch.int64
+    assert torch.equal(matched.cpu(), match(path, gt_boxes.float(), [4], anchors.float()))

@@ -1,0 +1,135 @@
+import pytest
+import torch
+import torchvision
+from conftest import Path
+from helpers import random_boxes
+from torch import Tensor
+
+from ssdcore.kernels import batched_nms, batched_nms_padded, nms
+from ssdcore.testing import reference
+
+
+def run_nms(path: Path, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    return nms(boxes.to(path.device), scores.to(path.device), threshold).cpu()
+
+
+# Around one word of the mask, two, and one block of boxes a program.
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025])
+def test_equals_torchvision(path: Path, count: int) -> None:
+    boxes, scores = random_boxes(count, seed=count), torch.rand(count, generator=torch.Generator().manual_seed(count))
+    kept = run_nms(path, boxes, scores, 0.45)
+    assert kept.dtype == torch.int64
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.45))
+
+
+def test_a_cluster_of_5000(path: Path) -> None:
+    boxes = random_boxes(5000, size=100, spread=0.9)
+    scores = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    kept = run_nms(path, boxes, scores, 0.5)
+    assert len(kept) < 1000
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5))
+
+
+def test_a_chain_in_which_each_suppresses_the_next(path: Path) -> None:
+    # Every second one survives, and only because the one before it did not: the worst case of a parallel resolve.
+    start = torch.arange(200.0)
+    boxes = torch.stack((start, torch.zeros(200), start + 3, torch.ones(200)), dim=1)  # neighbours: IoU 2/4
+    assert run_nms(path, boxes, -start, 0.4).tolist() == list(range(0, 200, 2))
+
+
+def test_equal_scores_keep_the_lower_index(path: Path) -> None:
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    assert run_nms(path, box.repeat(5, 1), torch.ones(5), 0.5).tolist() == [0]
+    apart = torch.arange(5.0)[:, None] * 100 + box
+    scores = torch.tensor([0.0, -0.0, 1.0, -0.0, 0.0])  # both zeros are one number
+    assert run_nms(path, apart, scores, 0.5).tolist() == [2, 0, 1, 3, 4]
+
+
+def test_nan_scores_come_first(path: Path) -> None:
+    boxes = random_boxes(40)
+    scores = torch.rand(40)
+    scores[[3, 20, 21]] = torch.nan
+    kept = run_nms(path, boxes, scores, 0.3)
+    assert kept[0] == 3
+    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.3))
+
+
+def test_odd_boxes_meet_nobody(path: Path) -> None:
+    nan, inf = torch.nan, torch.inf
+    odd = [[0, 0, nan, 10], [0, 0, inf, 10], [-inf, -inf, inf, inf], [5, 0, 5, 10], [10, 10, 0, 0], [10, 0, 0, 10]]
+    boxes = torch.tensor([box for box in odd for _ in range(2)] + [[0.0, 0, 10, 10]] * 2)
+    kept = run_nms(path, boxes, torch.arange(14, 0, -1.0), 0.0)
+    assert kept.tolist() == [*range(13)]
+    assert torch.equal(kept, torchvision.ops.nms(boxes, torch.arange(14, 0, -1.0), 0.0))
+
+
+@pytest.mark.parametrize(("inner", "threshold"), [(1, 0.1), (3, 0.3), (6, 0.6), (5, 0.5), (9, 0.9)])
+def test_the_threshold_is_the_real_number_written(path: Path, inner: int, threshold: float) -> None:
+    # IoU is inner / 10 rounded to fp32, which lies above 0.1, 0.3 and 0.6 and not above 0.5 and 0.9.
+    boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, inner, 1]])
+    scores = torch.tensor([1.0, 0.5])
+    suppressed = torch.tensor(inner / 10, dtype=torch.float32).item() > threshold
+    assert run_nms(path, boxes, scores, threshold).tolist() == ([0] if suppressed else [0, 1])
+    assert torch.equal(run_nms(path, boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+
+
+def test_classes_do_not_meet(path: Path) -> None:
+    boxes, scores = random_boxes(300), torch.rand(300, generator=torch.Generator().manual_seed(1))
+    idxs = torch.randint(0, 7, (300,), generator=torch.Generator().manual_seed(2))
+    kept = batched_nms(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.3).cpu()
+    assert torch.equal(kept, torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, 0.3))
+
+
+def test_negative_coordinates_need_no_care(path: Path) -> None:
+    boxes = torch.tensor([[-11.0, -11, -1, -1]] * 2)
+    scores, idxs = torch.tensor([0.9, 0.8]), torch.tensor([0, 1])
+    kept = batched_nms(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.5)
+    assert kept.tolist() == [0, 1]
+    # torchvision moves class 1 by the largest coordinate plus one, which is nothing here, onto class 0.
+    assert torchvision.ops.boxes._batched_nms_coordinate_trick(boxes, scores, idxs, 0.5).tolist() == [0]
+
+
+@pytest.mark.parametrize("with_classes", [False, True])
+@pytest.mark.parametrize("score_threshold", [None, 0.5])
+def test_a_batch_is_its_images(path: Path, with_classes: bool, score_threshold: float | None) -> None:
+    boxes = torch.stack([random_boxes(70, seed=seed) for seed in range(3)])
+    scores = torch.rand(3, 70, generator=torch.Generator().manual_seed(3))
+    scores[1] = 0.4  # none above the threshold
+    idxs = torch.arange(210).reshape(3, 70) % 4 if with_classes else None
+    arguments = [None if x is None else x.to(path.device) for x in (boxes, scores, idxs)]
+    for max_output in (5, 100):
+        kept, count = batched_nms_padded(*arguments, 0.3, max_output, score_threshold)
+        expected = reference.batched_nms_padded(
+            boxes.numpy(), scores.numpy(), None if idxs is None else idxs.numpy(), 0.3, max_output, score_threshold
+        )
+        assert kept.tolist() == expected[0].tolist()
+        assert count.tolist() == expected[1].tolist()
+
+
+def test_an_infinite_score_threshold_drops_all_or_only_the_infinite(path: Path) -> None:
+    boxes = random_boxes(3)[None].to(path.device)
+    scores = torch.tensor([[-torch.inf, 0.0, torch.inf]], device=path.device)
+    assert batched_nms_padded(boxes, scores, None, 0.99, 3, -torch.inf)[0].tolist() == [[2, 1, -1]]
+    assert batched_nms_padded(boxes, scores, None, 0.99, 3, torch.inf)[1].tolist() == [0]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_empty_batches(path: Path, shape: tuple[int, int]) -> None:
+    kept, count = batched_nms_padded(
+        torch.zeros(*shape, 4, device=path.device), torch.zeros(shape, device=path.device), None, 0.5, 3
+    )
+    assert kept.tolist() == [[-1] * 3] * shape[0]
+    assert count.tolist() == [0] * shape[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_taken_as_fp32(path: Path, dtype: torch.dtype) -> None:
+    boxes, scores = random_boxes(100, size=100).to(dtype), torch.rand(100).to(dtype)
+    expected = torchvision.ops.nms(boxes.float(), scores.float(), 0.4)
+    assert torch.equal(run_nms(path, boxes, scores, 0.4), expected)
+
+
+def test_fp64_boxes_are_compared_in_fp64() -> None:
+    # Apart by less than fp32 can tell at this distance.
+    boxes = torch.tensor([[1e8, 0, 1e8 + 1, 1], [1e8 + 1, 0, 1e8 + 2, 1]], dtype=torch.float64)
+    assert nms(boxes, torch.tensor([1.0, 0.5], dtype=torch.float64), 0.1).tolist() == [0, 1]

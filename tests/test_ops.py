@@ -1,0 +1,238 @@
+"""What holds for every op: torch's own checks, compilation, determinism, one answer on every path, clear errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import pytest
+import torch
+from conftest import Path
+from helpers import ragged_truths, random_boxes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssdcore import kernels
+from ssdcore.kernels import eager, functional, ops
+
+BATCH, ANCHORS, CLASSES = 2, 37, 4
+WEIGHTS = list(functional.BOX_WEIGHTS)
+
+
+def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every registered op."""
+    generator = torch.Generator().manual_seed(0)
+    anchors = random_boxes(ANCHORS, seed=1)
+    gt_boxes, gt_labels, gt_offsets = ragged_truths([3, 1], CLASSES)
+    matched = eager.match_anchors(gt_boxes, gt_offsets, anchors, 0.5)
+    logits = torch.randn(BATCH, ANCHORS, CLASSES, generator=generator).to(dtype)
+    deltas = torch.randn(BATCH, ANCHORS, 4, generator=generator).to(dtype)
+    boxes = torch.stack([random_boxes(ANCHORS, seed=seed) for seed in range(BATCH)]).to(dtype)
+    scores = torch.rand(BATCH, ANCHORS, generator=generator).to(dtype)
+    idxs = torch.randint(0, 3, (BATCH, ANCHORS), generator=generator)
+    truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
+    *_, lse, selected, scale = eager.multibox_loss(logits, deltas, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
+    grad = torch.tensor(0.7)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "box_iou": (boxes[0], boxes[1]),
+        "encode_boxes": (boxes, anchors, WEIGHTS),
+        "decode_boxes": (deltas, anchors, WEIGHTS),
+        "decode_boxes_backward": (torch.ones(BATCH, ANCHORS, 4), deltas, anchors, WEIGHTS),
+        "match_anchors": (gt_boxes, gt_offsets, anchors, 0.5),
+        "multibox_loss": (logits, deltas, *truth, WEIGHTS, 3.0, 1.0, 1, "image"),
+        "multibox_loss_backward": (grad, grad, logits, deltas, *truth, lse, selected, scale, WEIGHTS, 1.0),
+        "nms": (boxes[0], scores[0], idxs[0], 0.5),
+        "batched_nms_padded": (boxes, scores, None, 0.5, 9, 0.1),
+        "postprocess_detections": (logits, deltas, anchors, torch.full((BATCH, 2), 300), WEIGHTS, 0.01, 0.45, 20, 10),
+    }
+    return {
+        name: tuple(x.to(device) if isinstance(x, Tensor) else x for x in values) for name, values in arguments.items()
+    }
+
+
+def test_every_op_is_covered() -> None:
+    registered = {name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)}
+    assert registered == set(op_arguments("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", op_arguments("cpu"))
+def test_opcheck(path: Path, name: str, dtype: torch.dtype) -> None:
+    arguments = op_arguments(path.device, dtype)[name]
+    if name in ("decode_boxes", "multibox_loss"):
+        differentiable = 1 if name == "decode_boxes" else 2
+        arguments = tuple(
+            x.detach().requires_grad_() if index < differentiable else x for index, x in enumerate(arguments)
+        )
+    torch.library.opcheck(getattr(ops, name), arguments)
+
+
+@pytest.mark.parametrize("name", op_arguments("cpu"))
+def test_the_same_bits_twice(path: Path, name: str) -> None:
+    def run() -> list[Tensor]:
+        result = getattr(ops, name)(*op_arguments(path.device)[name])
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("name", op_arguments("cpu"))
+def test_strided_input_is_read_right_and_nothing_is_modified(path: Path, name: str) -> None:
+    arguments = op_arguments(path.device)[name]
+    # Every tensor as the even places of one twice as long in each dimension, the rest of it NaN or nonsense.
+    strided = []
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dim():
+            wide = value.new_full([2 * length for length in value.shape], 1 if value.dtype == torch.bool else 99)
+            view = wide[(slice(None, None, 2),) * value.dim()]
+            strided.append(view.copy_(value))
+        else:
+            strided.append(value)
+    expected, found = getattr(ops, name)(*arguments), getattr(ops, name)(*strided)
+    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for value, view in zip(op_arguments(path.device)[name], strided, strict=True):
+        assert torch.equal(value, view) if isinstance(value, Tensor) else value == view
+
+
+def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
+    return {
+        "box_iou": lambda a: kernels.box_iou(*a["box_iou"]),
+        "encode_boxes": lambda a: kernels.encode_boxes(*a["encode_boxes"]),
+        "decode_boxes": lambda a: kernels.decode_boxes(*a["decode_boxes"]),
+        "match_anchors": lambda a: kernels.match_anchors(*a["match_anchors"]),
+        "multibox_loss": lambda a: kernels.multibox_loss(*a["multibox_loss"][:7]),
+        "nms": lambda a: kernels.nms(*a["nms"][:2], 0.5),
+        "batched_nms": lambda a: kernels.batched_nms(*a["nms"]),
+        "batched_nms_padded": lambda a: kernels.batched_nms_padded(*a["batched_nms_padded"]),
+        "postprocess_detections": lambda a: kernels.postprocess_detections(*a["postprocess_detections"][:4]),
+    }
+
+
+@pytest.mark.parametrize("name", _public_calls())
+def test_compiles_as_one_graph(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The number of boxes kept is not known before it is computed: torch before 2.15 has to be told.
+    if hasattr(torch._dynamo.config, "capture_dynamic_output_shape_ops"):
+        monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    call, arguments = _public_calls()[name], op_arguments(path.device)
+    torch._dynamo.reset()
+    expected, found = call(arguments), torch.compile(call, fullgraph=True, backend="aot_eager")(arguments)
+    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_compiled_training_step_has_the_same_gradients(path: Path) -> None:
+    arguments = op_arguments(path.device)
+
+    def step(logits: Tensor, deltas: Tensor) -> Tensor:
+        losses = kernels.multibox_loss(logits, deltas, *arguments["multibox_loss"][2:7])
+        boxes = kernels.decode_boxes(deltas, arguments["decode_boxes"][1])
+        return losses.classification + losses.bbox_regression + boxes.square().mean()
+
+    torch._dynamo.reset()
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in arguments["multibox_loss"][:2]]
+        grads.append(torch.autograd.grad(function(*leaves), leaves))
+    for expected, found in zip(*grads, strict=True):
+        assert torch.equal(expected, found)
+
+
+any_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(width=32))
+plain_floats = hnp.arrays(
+    "float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(-100, 100, width=32)
+)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+@pytest.mark.parametrize("floats", [any_floats, plain_floats], ids=["any", "plain"])
+def test_decisions_are_the_same_bits_everywhere(path: Path, floats: st.SearchStrategy[Any]) -> None:
+    @settings(max_examples=path.max_examples)
+    @given(floats, floats, st.floats(0, 1), st.randoms())
+    def check(left: Any, right: Any, threshold: float, random: Any) -> None:
+        boxes1, boxes2 = torch.from_numpy(left), torch.from_numpy(right)
+        found = kernels.box_iou(boxes1.to(path.device), boxes2.to(path.device)).cpu()
+        expected = eager.box_iou(boxes1, boxes2)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+
+        scores = torch.tensor([random.random() for _ in left], dtype=torch.float32)
+        found = kernels.nms(boxes1.to(path.device), scores.to(path.device), threshold).cpu()
+        assert torch.equal(found, eager.nms(boxes1, scores, None, threshold))
+
+        if threshold > 0:
+            half = len(boxes1) // 2
+            offsets = torch.tensor([0, half, half, len(boxes1)])
+            arguments = [x.to(path.device) for x in (boxes1, offsets, boxes2)]
+            found = kernels.match_anchors(*arguments, threshold).cpu()
+            assert torch.equal(found, eager.match_anchors(boxes1, offsets, boxes2, threshold))
+
+    check()
+
+
+BOXES, SCORES, LOGITS, DELTAS = torch.zeros(7, 4), torch.zeros(7), torch.zeros(2, 7, 3), torch.zeros(2, 7, 4)
+TRUTH = (torch.zeros(2, 7, dtype=torch.int64), torch.zeros(1, 4), torch.ones(1, dtype=torch.int64), torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: kernels.nms(torch.zeros(7, 5), SCORES, 0.5), ValueError, "boxes must have shape [N, 4], got [7, 5]"),
+        (lambda: kernels.nms(BOXES, SCORES[:6], 0.5), ValueError, "scores must have shape [7], got [6]"),
+        (lambda: kernels.nms(BOXES.int(), SCORES, 0.5), TypeError, "boxes must be float32, float16, bfloat16, float64, got int32"),
+        (lambda: kernels.nms(BOXES.tolist(), SCORES, 0.5), TypeError, "boxes must be a tensor, got list"),
+        (lambda: kernels.nms(BOXES, SCORES, -0.1), ValueError, "iou_threshold must be 0 or more, got -0.1"),
+        (lambda: kernels.nms(BOXES, SCORES, torch.nan), ValueError, "iou_threshold must be 0 or more, got nan"),
+        (lambda: kernels.nms(BOXES, SCORES.to("meta"), 0.5), ValueError, "scores must be on cpu, as the first argument, got meta"),
+        (lambda: kernels.batched_nms(BOXES, SCORES, SCORES, 0.5), TypeError, "idxs must be int64"),
+        (lambda: kernels.batched_nms_padded(BOXES, SCORES, None, 0.5, 3), ValueError, "boxes must have shape [B, N, 4], got [7, 4]"),
+        (lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, -1), ValueError, "max_output must be 0 or more, got -1"),
+        (lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, 2.5), TypeError, "max_output must be an int, got float"),
+        (lambda: kernels.box_iou(BOXES, BOXES.half()), TypeError, "boxes2 must be float32, got float16"),
+        (lambda: kernels.encode_boxes(BOXES, BOXES[:3]), ValueError, "anchors must broadcast with boxes [7, 4], got [3, 4]"),
+        (lambda: kernels.decode_boxes(torch.zeros(7, 3), BOXES), ValueError, "deltas must have shape [..., 4], got [7, 3]"),
+        (lambda: kernels.decode_boxes(BOXES, BOXES, (1, 1, 1)), ValueError, "weights must be four positive numbers, got (1, 1, 1)"),
+        (lambda: kernels.match_anchors(BOXES, torch.zeros(2), BOXES), TypeError, "gt_offsets must be int32, int64, got float32"),
+        (lambda: kernels.match_anchors(BOXES, TRUTH[3][:0], BOXES), ValueError, "gt_offsets must have shape [B + 1], got [0]"),
+        (lambda: kernels.match_anchors(BOXES, TRUTH[3], BOXES, 0.0), ValueError, "iou_threshold must be in (0, 1], got 0.0"),
+        (lambda: kernels.multibox_loss(LOGITS, DELTAS[:, :6], *TRUTH, BOXES), ValueError, "box_deltas must have shape [2, 7, 4], got [2, 6, 4]"),
+        (lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES[:6]), ValueError, "anchors must have shape [7, 4], got [6, 4]"),
+        (lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES, normalizer="sum"), ValueError, "normalizer must be 'batch' or 'image', got 'sum'"),
+        (lambda: kernels.multibox_loss([LOGITS], DELTAS, *TRUTH, BOXES), TypeError, "both be tensors, or both be sequences"),
+        (lambda: kernels.multibox_loss([], [], *TRUTH, BOXES), ValueError, "one map a level each, got 0 and 0"),
+        (lambda: kernels.multibox_loss([torch.zeros(2, 7, 1, 7)], [torch.zeros(2, 8, 1, 7)], *TRUTH, BOXES), ValueError, "got 7 and 8"),
+        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2)), ValueError, "image_sizes must have shape [2, 2], got [2]"),
+        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), score_threshold=-1), ValueError, "score_threshold must be 0 or more"),
+        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), topk_candidates=0), ValueError, "topk_candidates must be 1 or more, got 0"),
+    ],
+)  # fmt: skip  # noqa: E501
+def test_errors_name_what_was_expected_and_what_came(call: Callable[[], Any], error: type, message: str) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["match_anchors", "multibox_loss", "batched_nms_padded", "postprocess_detections"])
+def test_never_waits_for_the_gpu_and_can_be_captured(name: str) -> None:
+    call, arguments = _public_calls()[name], op_arguments("cuda")
+    expected = call(arguments)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(arguments)
+    graph.replay()
+    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp64_on_the_gpu_is_refused() -> None:
+    boxes = BOXES.cuda().double()
+    with pytest.raises(TypeError, match="boxes1 must be float32, float16 or bfloat16 on cuda, got float64"):
+        kernels.box_iou(boxes, boxes)

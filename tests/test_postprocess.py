@@ -1,0 +1,117 @@
+import pytest
+import torch
+from conftest import Path
+from helpers import random_boxes, ssd300_anchors, torchvision_ssd
+from torch import Tensor
+
+from ssdcore.kernels import Detections, postprocess_detections
+from ssdcore.testing.close import assert_close
+
+
+def head(batch: int, num_anchors: int, num_classes: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(batch, num_anchors, num_classes, generator=generator)
+    deltas = torch.randn(batch, num_anchors, 4, generator=generator)
+    return logits.to(dtype), deltas.to(dtype)
+
+
+def run(path: Path, *tensors: Tensor, **settings: float) -> Detections:
+    return Detections(*(x.cpu() for x in postprocess_detections(*(x.to(path.device) for x in tensors), **settings)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_torchvision(path: Path, dtype: torch.dtype) -> None:
+    num_classes = 21 if path.full_size else 4
+    logits, deltas = head(2, 8732, num_classes, dtype)
+    sizes = [(300, 300), (200, 250)]
+    detections = run(path, logits, deltas, ssd300_anchors(), torch.tensor(sizes))
+    outputs = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
+    expected_detections = torchvision_ssd().postprocess_detections(outputs, [ssd300_anchors()] * 2, sizes)
+    for image, expected in enumerate(expected_detections):
+        assert detections.num_detections[image] == len(expected["boxes"]) == 200
+        assert_close(detections.scores[image], expected["scores"])
+        # Scores that differ in their last bits alone may change places: compare as sets of (label, box).
+        found, wanted = (
+            sorted(zip(labels.tolist(), boxes.round(decimals=1).tolist(), strict=True))
+            for labels, boxes in (
+                (detections.labels[image], detections.boxes[image]),
+                (expected["labels"], expected["boxes"]),
+            )
+        )
+        assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 198
+
+
+def test_equal_scores_by_class_then_anchor(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    logits = torch.zeros(1, 3, 3)
+    found = run(path, logits, torch.zeros(1, 3, 4), anchors, torch.tensor([[100, 100]]), max_detections=5)
+    assert found.labels.tolist() == [[1, 1, 1, 2, 2]]
+    assert found.boxes[0, :, 0].tolist() == [0, 20, 40, 0, 20]
+
+
+def test_top_k_takes_the_lowest_anchors_of_equals(path: Path) -> None:
+    anchors = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(9)])
+    logits = torch.zeros(1, 9, 2)
+    found = run(path, logits, torch.zeros(1, 9, 4), anchors, torch.tensor([[200, 200]]), topk_candidates=4)
+    assert found.num_detections.tolist() == [4]
+    assert found.boxes[0, :4, 0].tolist() == [0, 20, 40, 60]
+
+
+def test_nothing_passes_and_padding(path: Path) -> None:
+    logits = torch.tensor([[[20.0, 0.0]], [[0.0, 20.0]]])
+    anchors = torch.tensor([[0.0, 0, 10, 10]])
+    found = run(path, logits, torch.zeros(2, 1, 4), anchors, torch.tensor([[5, 100]] * 2), max_detections=3)
+    assert found.num_detections.tolist() == [0, 1]
+    assert found.labels.tolist() == [[-1] * 3, [1, -1, -1]]
+    assert found.boxes[0].abs().sum() == 0
+    assert found.boxes[1, 0].tolist() == [0, 0, 10, 5]  # clipped to height 5
+    assert found.boxes[1, 1:].abs().sum() == 0
+    assert found.scores[1, 1:].tolist() == [0, 0]
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64, torch.int32]
+
+
+def test_nan_and_infinite_logits_are_no_candidates_and_nan_boxes_stay(path: Path) -> None:
+    anchors = random_boxes(3)
+    logits = torch.tensor([[[0.0, torch.nan], [0.0, torch.inf], [0.0, 1.0]]])
+    deltas = torch.zeros(1, 3, 4)
+    deltas[0, 2, 0] = torch.nan
+    found = run(path, logits, deltas, anchors, torch.tensor([[300, 300]]))
+    assert found.num_detections.tolist() == [1]
+    assert found.boxes[0, 0, 0].isnan()
+    assert found.boxes[0, 0, 1].isfinite()
+
+
+@pytest.mark.parametrize(("batch", "num_anchors", "num_classes"), [(0, 3, 3), (2, 0, 3), (2, 3, 1)])
+def test_empty(path: Path, batch: int, num_anchors: int, num_classes: int) -> None:
+    logits, deltas = head(batch, num_anchors, num_classes)
+    found = run(path, logits, deltas, random_boxes(num_anchors), torch.full((batch, 2), 300), max_detections=4)
+    assert found.num_detections.tolist() == [0] * batch
+    assert found.labels.tolist() == [[-1] * 4] * batch
+
+
+# Around one and two words of candidates, and a block of them.
+@pytest.mark.parametrize("topk", [1, 31, 32, 33, 64, 65, 128, 129])
+def test_candidates_around_the_block_edges(path: Path, topk: int) -> None:
+    logits, deltas = head(1, 150, 3)
+    sizes = torch.tensor([[300, 300]])
+    found = run(path, logits, deltas, random_boxes(150), sizes, topk_candidates=topk)
+    expected = run(Path("eager", "cpu", 0), logits.double(), deltas.double(), random_boxes(150), sizes, topk_candidates=topk)
+    assert torch.equal(found.num_detections, expected.num_detections)
+    assert torch.equal(found.labels, expected.labels)
+    assert_close(found.boxes, expected.boxes, scale=300)
+
+
+def test_maps_of_the_head(path: Path) -> None:
+    logits, deltas = head(2, 30, 4)
+    anchors, sizes = random_boxes(30), torch.tensor([[300, 300]] * 2)
+    maps = [
+        [
+            packed[:, :24].unflatten(1, (3, 4, 2)).permute(0, 3, 4, 1, 2).flatten(1, 2),
+            packed[:, 24:].unflatten(1, (1, 2, 3)).permute(0, 3, 4, 1, 2).flatten(1, 2),
+        ]
+        for packed in (logits, deltas)
+    ]
+    maps = [[x.to(path.device) for x in levels] for levels in maps]
+    found = postprocess_detections(*maps, anchors.to(path.device), sizes.to(path.device))
+    for got, expected in zip(found, run(path, logits, deltas, anchors, sizes), strict=True):
+        assert torch.equal(got.cpu(), expected)
