@@ -260,8 +260,8 @@ def multibox_loss(
     image's sums are divided by its own positives, an image without any weighs 0, and the mean over the batch is
     taken, as NVIDIA does.
 
-    A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss, and so does the label of a positive
-    outside 1..C-1 or a match beyond the image's ground truths; memory outside the tensors is never read.
+    A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss, and so does the label of a
+    positive outside 1..C-1 or a match beyond the image's ground truths; memory outside the tensors is never read.
     Differentiable in `cls_logits` and `box_deltas`, once.
 
     Args:
@@ -457,7 +457,9 @@ def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[T
         raise ValueError(
             f"cls_logits and box_deltas must have one map a level each, got {len(cls_logits)} and {len(box_deltas)}"
         )
-    logits, deltas, num_classes = [], [], None
+    logits: list[Tensor] = []
+    deltas: list[Tensor] = []
+    num_classes = None
     for level, (cls_map, box_map) in enumerate(zip(cls_logits, box_deltas, strict=True)):
         _check(f"cls_logits[{level}]", cls_map, ("B", "a * C", "H", "W"), _FLOATS)
         batch, channels, height, width = cls_map.shape

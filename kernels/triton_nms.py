@@ -104,7 +104,7 @@ def _resolve_kernel(
     num_kept = 0
     word = 0
     while (word * 32 < candidates) & (num_kept < max_output):
-        row_ptr = mask_ptr + word.to(tl.int64) * num_words * 32
+        row_ptr = mask_ptr + tl.cast(word, tl.int64) * num_words * 32
         suppressed = tl.zeros([BLOCK], tl.int32)
         for start in range(0, word * 32, BLOCK):
             box = start + tl.arange(0, BLOCK)

@@ -36,7 +36,8 @@ def test_a_box_without_area_encodes_to_minus_infinity(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("boxes", "anchors"), [((2, 3, 4), (3, 4)), ((3, 4), (2, 3, 4)), ((2, 1, 4), (3, 4)), ((3, 4), (4,)), ((0, 4), (0, 4))]
+    ("boxes", "anchors"),
+    [((2, 3, 4), (3, 4)), ((3, 4), (2, 3, 4)), ((2, 1, 4), (3, 4)), ((3, 4), (4,)), ((0, 4), (0, 4))],
 )
 def test_leading_dimensions_broadcast(path: Path, boxes: tuple[int, ...], anchors: tuple[int, ...]) -> None:
     left = random_boxes(6, seed=1)[: torch.Size(boxes).numel() // 4].reshape(boxes)

@@ -49,9 +49,7 @@ def imports(file: Path) -> set[str]:
             assert node.level == 0, f"{file}: relative import"
             found.add(node.module or "")
     tops = {name: name.split(".")[0] for name in found}
-    return {
-        top if top in THIRD_PARTY else name for name, top in tops.items() if top not in sys.stdlib_module_names
-    }
+    return {top if top in THIRD_PARTY else name for name, top in tops.items() if top not in sys.stdlib_module_names}
 
 
 def sources(folder: str) -> list[str]:

@@ -140,9 +140,7 @@ def test_a_compiled_training_step_has_the_same_gradients(path: Path) -> None:
 
 
 any_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(width=32))
-plain_floats = hnp.arrays(
-    "float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(-100, 100, width=32)
-)
+plain_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(-100, 100, width=32))
 
 
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
@@ -172,7 +170,12 @@ def test_decisions_are_the_same_bits_everywhere(path: Path, floats: st.SearchStr
 
 
 BOXES, SCORES, LOGITS, DELTAS = torch.zeros(7, 4), torch.zeros(7), torch.zeros(2, 7, 3), torch.zeros(2, 7, 4)
-TRUTH = (torch.zeros(2, 7, dtype=torch.int64), torch.zeros(1, 4), torch.ones(1, dtype=torch.int64), torch.tensor([0, 1, 1]))
+TRUTH = (
+    torch.zeros(2, 7, dtype=torch.int64),
+    torch.zeros(1, 4),
+    torch.ones(1, dtype=torch.int64),
+    torch.tensor([0, 1, 1]),
+)
 
 
 @pytest.mark.parametrize(
@@ -180,33 +183,109 @@ TRUTH = (torch.zeros(2, 7, dtype=torch.int64), torch.zeros(1, 4), torch.ones(1, 
     [
         (lambda: kernels.nms(torch.zeros(7, 5), SCORES, 0.5), ValueError, "boxes must have shape [N, 4], got [7, 5]"),
         (lambda: kernels.nms(BOXES, SCORES[:6], 0.5), ValueError, "scores must have shape [7], got [6]"),
-        (lambda: kernels.nms(BOXES.int(), SCORES, 0.5), TypeError, "boxes must be float32, float16, bfloat16, float64, got int32"),
+        (
+            lambda: kernels.nms(BOXES.int(), SCORES, 0.5),
+            TypeError,
+            "boxes must be float32, float16, bfloat16, float64, got int32",
+        ),
         (lambda: kernels.nms(BOXES.tolist(), SCORES, 0.5), TypeError, "boxes must be a tensor, got list"),
         (lambda: kernels.nms(BOXES, SCORES, -0.1), ValueError, "iou_threshold must be 0 or more, got -0.1"),
         (lambda: kernels.nms(BOXES, SCORES, torch.nan), ValueError, "iou_threshold must be 0 or more, got nan"),
-        (lambda: kernels.nms(BOXES, SCORES.to("meta"), 0.5), ValueError, "scores must be on cpu, as the first argument, got meta"),
+        (
+            lambda: kernels.nms(BOXES, SCORES.to("meta"), 0.5),
+            ValueError,
+            "scores must be on cpu, as the first argument, got meta",
+        ),
         (lambda: kernels.batched_nms(BOXES, SCORES, SCORES, 0.5), TypeError, "idxs must be int64"),
-        (lambda: kernels.batched_nms_padded(BOXES, SCORES, None, 0.5, 3), ValueError, "boxes must have shape [B, N, 4], got [7, 4]"),
-        (lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, -1), ValueError, "max_output must be 0 or more, got -1"),
-        (lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, 2.5), TypeError, "max_output must be an int, got float"),
+        (
+            lambda: kernels.batched_nms_padded(BOXES, SCORES, None, 0.5, 3),
+            ValueError,
+            "boxes must have shape [B, N, 4], got [7, 4]",
+        ),
+        (
+            lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, -1),
+            ValueError,
+            "max_output must be 0 or more, got -1",
+        ),
+        (
+            lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, 2.5),
+            TypeError,
+            "max_output must be an int, got float",
+        ),
         (lambda: kernels.box_iou(BOXES, BOXES.half()), TypeError, "boxes2 must be float32, got float16"),
-        (lambda: kernels.encode_boxes(BOXES, BOXES[:3]), ValueError, "anchors must broadcast with boxes [7, 4], got [3, 4]"),
-        (lambda: kernels.decode_boxes(torch.zeros(7, 3), BOXES), ValueError, "deltas must have shape [..., 4], got [7, 3]"),
-        (lambda: kernels.decode_boxes(BOXES, BOXES, (1, 1, 1)), ValueError, "weights must be four positive numbers, got (1, 1, 1)"),
-        (lambda: kernels.match_anchors(BOXES, torch.zeros(2), BOXES), TypeError, "gt_offsets must be int32, int64, got float32"),
-        (lambda: kernels.match_anchors(BOXES, TRUTH[3][:0], BOXES), ValueError, "gt_offsets must have shape [B + 1], got [0]"),
-        (lambda: kernels.match_anchors(BOXES, TRUTH[3], BOXES, 0.0), ValueError, "iou_threshold must be in (0, 1], got 0.0"),
-        (lambda: kernels.multibox_loss(LOGITS, DELTAS[:, :6], *TRUTH, BOXES), ValueError, "box_deltas must have shape [2, 7, 4], got [2, 6, 4]"),
-        (lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES[:6]), ValueError, "anchors must have shape [7, 4], got [6, 4]"),
-        (lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES, normalizer="sum"), ValueError, "normalizer must be 'batch' or 'image', got 'sum'"),
-        (lambda: kernels.multibox_loss([LOGITS], DELTAS, *TRUTH, BOXES), TypeError, "both be tensors, or both be sequences"),
+        (
+            lambda: kernels.encode_boxes(BOXES, BOXES[:3]),
+            ValueError,
+            "anchors must broadcast with boxes [7, 4], got [3, 4]",
+        ),
+        (
+            lambda: kernels.decode_boxes(torch.zeros(7, 3), BOXES),
+            ValueError,
+            "deltas must have shape [..., 4], got [7, 3]",
+        ),
+        (
+            lambda: kernels.decode_boxes(BOXES, BOXES, (1, 1, 1)),
+            ValueError,
+            "weights must be four positive numbers, got (1, 1, 1)",
+        ),
+        (
+            lambda: kernels.match_anchors(BOXES, torch.zeros(2), BOXES),
+            TypeError,
+            "gt_offsets must be int32, int64, got float32",
+        ),
+        (
+            lambda: kernels.match_anchors(BOXES, TRUTH[3][:0], BOXES),
+            ValueError,
+            "gt_offsets must have shape [B + 1], got [0]",
+        ),
+        (
+            lambda: kernels.match_anchors(BOXES, TRUTH[3], BOXES, 0.0),
+            ValueError,
+            "iou_threshold must be in (0, 1], got 0.0",
+        ),
+        (
+            lambda: kernels.multibox_loss(LOGITS, DELTAS[:, :6], *TRUTH, BOXES),
+            ValueError,
+            "box_deltas must have shape [2, 7, 4], got [2, 6, 4]",
+        ),
+        (
+            lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES[:6]),
+            ValueError,
+            "anchors must have shape [7, 4], got [6, 4]",
+        ),
+        (
+            lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES, normalizer="sum"),
+            ValueError,
+            "normalizer must be 'batch' or 'image', got 'sum'",
+        ),
+        (
+            lambda: kernels.multibox_loss([LOGITS], DELTAS, *TRUTH, BOXES),
+            TypeError,
+            "both be tensors, or both be sequences",
+        ),
         (lambda: kernels.multibox_loss([], [], *TRUTH, BOXES), ValueError, "one map a level each, got 0 and 0"),
-        (lambda: kernels.multibox_loss([torch.zeros(2, 7, 1, 7)], [torch.zeros(2, 8, 1, 7)], *TRUTH, BOXES), ValueError, "got 7 and 8"),
-        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2)), ValueError, "image_sizes must have shape [2, 2], got [2]"),
-        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), score_threshold=-1), ValueError, "score_threshold must be 0 or more"),
-        (lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), topk_candidates=0), ValueError, "topk_candidates must be 1 or more, got 0"),
+        (
+            lambda: kernels.multibox_loss([torch.zeros(2, 7, 1, 7)], [torch.zeros(2, 8, 1, 7)], *TRUTH, BOXES),
+            ValueError,
+            "got 7 and 8",
+        ),
+        (
+            lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2)),
+            ValueError,
+            "image_sizes must have shape [2, 2], got [2]",
+        ),
+        (
+            lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), score_threshold=-1),
+            ValueError,
+            "score_threshold must be 0 or more",
+        ),
+        (
+            lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), topk_candidates=0),
+            ValueError,
+            "topk_candidates must be 1 or more, got 0",
+        ),
     ],
-)  # fmt: skip  # noqa: E501
+)
 def test_errors_name_what_was_expected_and_what_came(call: Callable[[], Any], error: type, message: str) -> None:
     with pytest.raises(error) as raised:
         call()

@@ -95,7 +95,9 @@ def test_candidates_around_the_block_edges(path: Path, topk: int) -> None:
     logits, deltas = head(1, 150, 3)
     sizes = torch.tensor([[300, 300]])
     found = run(path, logits, deltas, random_boxes(150), sizes, topk_candidates=topk)
-    expected = run(Path("eager", "cpu", 0), logits.double(), deltas.double(), random_boxes(150), sizes, topk_candidates=topk)
+    expected = run(
+        Path("eager", "cpu", 0), logits.double(), deltas.double(), random_boxes(150), sizes, topk_candidates=topk
+    )
     assert torch.equal(found.num_detections, expected.num_detections)
     assert torch.equal(found.labels, expected.labels)
     assert_close(found.boxes, expected.boxes, scale=300)

@@ -15,9 +15,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 MAX_LOG_SCALE = math.log(1000 / 16)
 
 
+def float64(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
 def iou(box1: Array, box2: Array) -> float:
     """Intersection over union of two boxes, xyxy."""
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = np.float64(box1), np.float64(box2)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = float64(box1), float64(box2)
     with np.errstate(invalid="ignore", divide="ignore"):
         width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0)
         height = np.maximum(np.minimum(ay2, by2) - np.maximum(ay1, by1), 0)
@@ -75,18 +79,18 @@ def batched_nms_padded(
 
 
 def encode_boxes(boxes: Array, anchors: Array, weights: Sequence[float] = (10, 10, 5, 5)) -> Array:
-    boxes, anchors = np.broadcast_arrays(np.float64(boxes), np.float64(anchors))
+    boxes, anchors = np.broadcast_arrays(float64(boxes), float64(anchors))
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     centre, anchor_centre = (boxes[..., :2] + boxes[..., 2:]) / 2, (anchors[..., :2] + anchors[..., 2:]) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         offset = (centre - anchor_centre) / anchor_size
         scale = np.log(size / anchor_size)
-    return np.concatenate((offset, scale), axis=-1) * np.float64(weights)
+    return np.concatenate((offset, scale), axis=-1) * float64(weights)
 
 
 def decode_boxes(deltas: Array, anchors: Array, weights: Sequence[float] = (10, 10, 5, 5)) -> Array:
-    deltas = np.float64(deltas) / np.float64(weights)
-    deltas, anchors = np.broadcast_arrays(deltas, np.float64(anchors))
+    deltas = float64(deltas) / float64(weights)
+    deltas, anchors = np.broadcast_arrays(deltas, float64(anchors))
     anchor_size, anchor_centre = (
         anchors[..., 2:] - anchors[..., :2],
         (anchors[..., :2] + anchors[..., 2:]) / 2,
@@ -120,7 +124,7 @@ def _smooth_l1(difference: Array, beta: float) -> float:
 
 
 def cross_entropy(logits: Array, label: int) -> float:
-    logits = np.float64(logits)
+    logits = float64(logits)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         top = logits.max()
         return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
@@ -162,7 +166,7 @@ def multibox_loss(
             elif g < len(own_labels) and 1 <= own_labels[g] < num_classes:
                 losses[a] = cross_entropy(cls_logits[b, a], own_labels[g])
                 target = encode_boxes(own_boxes[g], anchors[a], weights)
-                regression[b] += _smooth_l1(np.float64(box_deltas[b, a]) - target, beta)
+                regression[b] += _smooth_l1(float64(box_deltas[b, a]) - target, beta)
             else:
                 losses[a] = math.nan
         chosen = [*np.flatnonzero(positive), *mined_anchors(losses, positive, neg_pos_ratio, min_negatives)]
@@ -180,7 +184,7 @@ def multibox_loss(
 
 
 def softmax(logits: Array) -> Array:
-    logits = np.float64(logits)
+    logits = float64(logits)
     with np.errstate(invalid="ignore"):
         power = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return power / power.sum(axis=-1, keepdims=True)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, torch and triton, and no network: install in place, run the tests on the GPU (the kernels
+# compiled, at full size), then the benchmarks. Leaves perf/results/<gpu>.json. Exits as the tests did.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+unset TRITON_INTERPRET
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch.cuda.is_available() is False"'
+"$python" -m pip install --quiet --no-deps --no-build-isolation -e .
+status=0
+"$python" -m pytest -q --durations=5 tests || status=$?
+"$python" perf/run.py "$@"
+[ "$status" = 0 ] || echo "the tests failed (pytest exited with $status): do not quote these figures" >&2
+exit "$status"
