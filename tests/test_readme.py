@@ -1,0 +1,37 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+def test_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_names_every_op() -> None:
+    from ssdcore import kernels
+
+    assert all(name in README for name in set(kernels.__all__) - {"Detections", "MultiBoxLoss"})
+
+
+@pytest.mark.parametrize(
+    ("row", "file"),
+    [
+        ("`box_iou`, `encode_boxes`, `decode_boxes` | 1 ", "triton_iou"),
+        ("`match_anchors` | 2 and", "triton_match"),
+        ("`multibox_loss` | 3 forward, 1 backward", "triton_multibox"),
+        ("`batched_nms_padded` | 2 and", "triton_nms"),
+        ("`postprocess_detections` | 3 and", "triton_postprocess"),
+    ],
+)
+def test_launches_are_those_of_the_source(row: str, file: str) -> None:
+    assert row in README
+    source = (ROOT / f"kernels/{file}.py").read_text()
+    assert len(re.findall(r"_kernel\[", source)) == sum(map(int, re.findall(r"\d", row)))
