@@ -1,0 +1,26 @@
+"""Exact, batched object-detection ops (`ssdcore.kernels`) and the thin SSD300 that shows them at work."""
+
+from importlib import import_module
+from importlib.metadata import version
+
+__version__ = version("ssdcore")
+
+# Resolved on first use, so that `import ssdcore` costs nothing and needs no extra.
+_LAZY = {
+    "AnchorConfig": "ssdcore.anchors",
+    "make_anchors": "ssdcore.anchors",
+    "MODELS": "ssdcore.model",
+    "SSD": "ssdcore.model",
+    "ssd300_tiny": "ssdcore.model",
+    "ssd300_vgg16": "ssdcore.model",
+    "load_model": "ssdcore.weights",
+    "save_weights": "ssdcore.weights",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ssdcore' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

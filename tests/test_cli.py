@@ -1,0 +1,197 @@
+"""The command line, from data to pictures, on a set so small that it learns nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("typer")
+
+from PIL import Image
+from typer.testing import CliRunner
+
+from ssdcore import cli
+from ssdcore.model import ssd300_tiny
+from ssdcore.synthetic import SHAPES, make_synthetic
+from ssdcore.weights import load_model, save_weights
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic(tmp_path_factory.mktemp("data") / "shapes", train=8, val=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an untrained model that knows the shapes by name."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "model.safetensors"
+    save_weights(ssd300_tiny(4), path, SHAPES)
+    return path
+
+
+def test_train_then_evaluate_then_detect(shapes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--device", "cpu", "--workers", 0]
+    result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, "--batch-size", 4, *options)
+    assert result.exit_code == 0, result.output
+    assert "best AP50 on val" in result.output and str(run / "model.safetensors") in result.output.replace("\n", "")
+
+    result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", shapes, "--split", "val", *options)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((run / "val" / "metrics.json").read_text())
+    assert metrics["images"] == 4 and {"AP", "AP50", "AP75", "VOC07"} <= metrics.keys()
+    assert set(metrics["AP50_per_class"]) == set(SHAPES)
+    assert json.loads((run / "metrics.json").read_text())["best"] == 1  # the run's own record is untouched
+
+    result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, *options)
+    assert isinstance(result.exception, ValueError) and "holds a run already" in str(result.exception)
+
+
+def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    (folder / "more").mkdir(parents=True)
+    Image.effect_noise((400, 250), 90).save(folder / "noise.png")
+    Image.effect_noise((120, 500), 90).save(folder / "more" / "noise.jpg")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    output = tmp_path / "found"
+    result = invoke(
+        "detect", folder, folder / "more" / "noise.jpg", "--weights", weights, "--output", output,
+        "--score-threshold", 0.02, "--device", "cpu",
+    )  # fmt: skip
+    # The broken one is named and fails the command, but not the others.
+    assert result.exit_code == 1 and f"{folder / 'broken.jpg'}: cannot be read as an image" in result.output
+    images = json.loads((output / "images.json").read_text())
+    assert [image["id"] for image in images] == [1, 2]
+    assert [Path(image["file_name"]).name for image in images] == ["noise.png", "noise.jpg"]
+    assert [image["picture"] for image in images] == ["noise.jpg", "noise-2.jpg"]
+    assert [Image.open(output / image["picture"]).size for image in images] == [(400, 250), (120, 500)]
+
+    detections = json.loads((output / "detections.json").read_text())
+    assert {one["image_id"] for one in detections} == {1, 2}
+    for one in detections:
+        x, y, width, height = one["bbox"]
+        right, bottom = {1: (400, 250), 2: (120, 500)}[one["image_id"]]
+        assert x >= 0 and y >= 0 and x + width <= right + 1e-3 and y + height <= bottom + 1e-3
+        assert one["score"] > 0.02 and one["category_id"] in (1, 2, 3)
+
+
+def test_evaluate_refuses_other_classes(weights: Path, shapes: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_weights(ssd300_tiny(3), other, ["cat", "dog"])
+    result = invoke("evaluate", "--weights", other, "--data", shapes, "--split", "val", "--device", "cpu")
+    assert isinstance(result.exception, ValueError)
+    assert "knows the classes cat, dog" in str(result.exception) and "circle" in str(result.exception)
+
+
+def test_training_starts_from_given_weights(shapes: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    start = ssd300_tiny(3)
+    save_weights(start, tmp_path / "start.safetensors", ["cat", "dog"])
+    cli.train(
+        shapes,
+        output=tmp_path / "run",
+        weights=str(tmp_path / "start.safetensors"),
+        val_split="none",
+        epochs=1,
+        batch_size=8,
+        lr=1e-9,
+        device="cpu",
+        workers=0,
+    )
+    trained, classes = load_model(tmp_path / "run" / "model.safetensors")
+    assert classes == SHAPES
+    key = "backbone.stages.1.0.0.weight"
+    torch.testing.assert_close(trained.state_dict()[key], start.state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    ("splits", "asked", "expected"),
+    [
+        (["test", "train", "trainval", "val"], (None, None), ("trainval", None)),
+        (["train", "val"], (None, None), ("train", "val")),
+        (["train"], (None, None), ("train", None)),
+        (["train", "val"], (None, "none"), ("train", None)),
+        (["train", "trainval", "val"], ("train", None), ("train", "val")),
+    ],
+)
+def test_default_splits(splits: list[str], asked: tuple[Any, Any], expected: tuple[str, str | None]) -> None:
+    assert cli._choose_splits(splits, *asked) == expected
+
+
+@pytest.mark.parametrize("asked", [("train", "test"), ("trainval", "val"), ("train", "train")])
+def test_weights_are_never_chosen_by_images_that_must_not(asked: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="val-split must not be"):
+        cli._choose_splits(["test", "train", "trainval", "val"], *asked)
+
+
+def test_problems_of_a_dataset_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_synthetic(tmp_path / "shapes", train=3, val=1, progress=False)
+    path = data / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"][:5]:
+        annotation["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    cli._open(data, "train")
+    told = capsys.readouterr().out
+    assert told.startswith("5 problems in train") and told.count("no area") == 3 and "and 2 more" in told
+
+
+def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> None:
+    arguments = ["ssdcore", "evaluate", "--weights", str(weights), "--data", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"^error: no dataset in"):
+        cli.main()
+
+
+def test_the_demo_can_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "DEMO_TRAIN", 16)
+    monkeypatch.setattr(cli, "DEMO_VAL", 3)
+    monkeypatch.setattr(cli, "DEMO_EPOCHS", 1)
+    for _ in range(2):
+        metrics = cli.demo(output=tmp_path / "demo", device="cpu", workers=0)
+        assert 0 <= metrics["AP50"] <= 1
+    assert Image.open(tmp_path / "demo" / "detections.png").width > 900  # three pictures of 300 pixels
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=REPOSITORY,
+        check=False,
+    )
+
+
+def test_help_names_every_command_without_importing_torch() -> None:
+    result = run_python("-X", "importtime", "-m", "ssdcore", "--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("demo", "train", "evaluate", "detect"))
+    assert "| torch\n" not in result.stderr
+
+
+def test_a_missing_extra_is_told_with_its_remedy(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['pycocotools'] = None; sys.argv = ['ssdcore']; import runpy; "
+    result = run_python("-c", hide + "runpy.run_module('ssdcore', run_name='__main__')")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "need pycocotools: pip install 'ssdcore[train]'" in result.stderr
+
+
+def test_importing_ssdcore_imports_nothing_heavy() -> None:
+    code = "import sys, ssdcore; print([m for m in ('torch', 'numpy', 'typer') if m in sys.modules])"
+    assert run_python("-c", code).stdout.strip() == "[]"
+    assert "SSD" in run_python("-c", "import ssdcore; print(ssdcore.SSD.__name__)").stdout

@@ -1,0 +1,270 @@
+"""The detector: torchvision's `ssd300_vgg16` number for number, and its own promises."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdcore.anchors import SSD300_VOC
+from ssdcore.model import SSD, ssd300_tiny, ssd300_vgg16
+
+torchvision = pytest.importorskip("torchvision")
+
+NUM_CLASSES = 5
+TARGETS = [
+    {
+        "boxes": torch.tensor([[10.0, 20, 100, 120], [50, 60, 180, 190], [0, 0, 30, 40]]),
+        "labels": torch.tensor([1, 3, 4]),
+    },
+    {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    {"boxes": torch.tensor([[10.0, 20, 70, 90]]), "labels": torch.tensor([2])},
+]
+
+
+def images(seed: int = 0) -> list[Tensor]:
+    """Three of different sizes, one of them the model's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, h, w, generator=generator) for h, w in ((200, 310), (300, 300), (333, 280))]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Any, SSD]]:
+    """torchvision's model with random weights, and ours with the same ones."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
+    with torch.no_grad():
+        # Random weights on pixels of 0..255 give logits in the hundreds: scores of 1, all tied.
+        for conv in theirs.head.classification_head.module_list:
+            conv.weight.mul_(0.01)
+        for conv in theirs.head.regression_head.module_list:
+            conv.weight.mul_(0.01)
+    ours = ssd300_vgg16(NUM_CLASSES)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    yield theirs.eval(), ours.eval()
+
+
+@torch.no_grad()
+def test_vgg_head_outputs_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+    theirs, ours = pair
+    batch = ours.resize(images())
+    expected_batch = theirs.transform(images())[0].tensors
+    torch.testing.assert_close(batch, expected_batch, rtol=0, atol=0)
+
+    expected = theirs.head(list(theirs.backbone(expected_batch).values()))
+    for maps, columns, name in zip(
+        ours.predict(batch), (NUM_CLASSES, 4), ("cls_logits", "bbox_regression"), strict=True
+    ):
+        flat = [m.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
+        torch.testing.assert_close(torch.cat(flat, dim=1), expected[name], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_vgg_detections_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+    theirs, ours = pair
+    for expected, got in zip(theirs(images(1)), ours(images(1)), strict=True):
+        assert len(got["scores"]) > 50  # of random weights; else this would compare nothing
+        assert got["labels"].tolist() == expected["labels"].tolist()
+        torch.testing.assert_close(got["scores"], expected["scores"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=1e-5, atol=1e-3)
+
+
+def test_vgg_losses_and_gradients_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+    gradients = []
+    try:
+        for model in pair:
+            losses = model.train()(images(), TARGETS)
+            (losses["classification"] + 2 * losses["bbox_regression"]).backward()
+            gradients.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    finally:
+        for model in pair:
+            model.eval().zero_grad()
+    (expected, expected_gradients), (got, got_gradients) = gradients
+    for name in ("classification", "bbox_regression"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)
+    for name in ("head.classification_head.module_list.2.weight", "backbone.scale_weight"):
+        torch.testing.assert_close(got_gradients[name], expected_gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_pretrained_backbone_is_torchvisions_with_conv1_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import VGG16_Weights, vgg16
+
+    pretrained = vgg16().state_dict()
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", lambda *_, **__: pretrained)
+    backbone = ssd300_vgg16(2, weights_backbone="IMAGENET1K_FEATURES").backbone
+    torch.testing.assert_close(backbone.features[21].weight, pretrained["features.21.weight"])  # conv4_3
+    torch.testing.assert_close(backbone.extra[0][5].weight, pretrained["features.28.weight"])  # conv5_3
+    frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
+    assert frozen == ["features.0.weight", "features.0.bias", "features.2.weight", "features.2.bias"]
+
+
+@torch.no_grad()
+def test_vgg_from_scratch_keeps_features_at_unit_size() -> None:
+    torch.manual_seed(0)
+    model = ssd300_vgg16(2).eval()
+    for x in model.backbone(torch.randn(1, 3, 300, 300))[1:]:  # the first is normalised
+        assert 0.2 < x.std() < 5  # Xavier on torchvision's own leaves 0.03 of the second, 0.002 of the last
+
+
+def test_tiny_has_the_six_maps_of_ssd300() -> None:
+    model = ssd300_tiny(3).eval()
+    cls_logits, box_deltas = model.predict(torch.zeros(1, 3, 300, 300))
+    assert [m.shape[-1] for m in cls_logits] == [38, 19, 10, 5, 3, 1]
+    assert sum(m[0].numel() for m in box_deltas) == 8732 * 4
+    assert sum(m[0].numel() for m in cls_logits) == 8732 * 3
+
+
+def test_losses_train_every_parameter_of_tiny() -> None:
+    torch.manual_seed(0)
+    model = ssd300_tiny(NUM_CLASSES)
+    sides = torch.tensor([20.0, 45, 100, 150, 210, 290])  # one object for each map
+    target = {
+        "boxes": torch.cat([torch.full((6, 2), 5.0), 5 + sides[:, None].expand(-1, 2)], dim=1),
+        "labels": torch.tensor([1, 2, 3, 4, 1, 2]),
+    }
+    losses = model(torch.rand(2, 3, 300, 300), [target, target])
+    assert set(losses) == {"classification", "bbox_regression"}
+    sum(losses.values()).backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_batch_is_a_list_of_images_of_one_size() -> None:
+    torch.manual_seed(0)
+    model = ssd300_tiny(NUM_CLASSES).eval()
+    batch = torch.rand(2, 3, 300, 300)
+    with torch.no_grad():
+        for from_batch, from_list in zip(model(batch), model(list(batch)), strict=True):
+            assert from_batch["labels"].tolist() == from_list["labels"].tolist()
+            torch.testing.assert_close(from_batch["boxes"], from_list["boxes"])
+
+
+def test_boxes_scale_with_their_image() -> None:
+    """An image drawn twice as wide has the same loss with boxes twice as wide, and boxes twice as wide found."""
+    torch.manual_seed(0)
+    model = ssd300_tiny(NUM_CLASSES)
+    small = torch.rand(3, 1, 150).expand(3, 300, 150).contiguous()
+    model.eval()
+    with torch.no_grad():
+        found = model([small])[0]
+    assert len(found["boxes"]) and found["boxes"][:, 0::2].max() <= 150 < found["boxes"][:, 1::2].max() <= 300
+
+    wide = small.repeat_interleave(2, dim=2)
+    boxes = torch.tensor([[30.0, 20, 60, 120]])
+    labels = torch.tensor([1])
+    model.train()
+    narrow_loss = model([small], [{"boxes": boxes, "labels": labels}])["bbox_regression"]
+    wide_boxes = boxes * torch.tensor([2.0, 1, 2, 1])
+    wide_loss = model([wide], [{"boxes": wide_boxes, "labels": labels}])["bbox_regression"]
+    torch.testing.assert_close(narrow_loss, wide_loss, rtol=0.05, atol=0)
+
+
+def test_images_without_objects_have_a_finite_loss() -> None:
+    model = ssd300_tiny(NUM_CLASSES)
+    losses = model(torch.rand(1, 3, 300, 300), TARGETS[1:2])
+    assert losses["classification"].item() == 0 and losses["bbox_regression"].item() == 0
+
+
+def test_ops_read_bf16_maps() -> None:
+    torch.manual_seed(0)
+    model = ssd300_tiny(NUM_CLASSES)
+    batch = torch.rand(3, 3, 300, 300)
+    full = model(batch, TARGETS)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch, TARGETS)
+    for name, loss in half.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, full[name], rtol=0.05, atol=0)
+
+
+def bad_target(**changes: Tensor) -> list[dict[str, Tensor]]:
+    return [TARGETS[0], TARGETS[1], {**TARGETS[2], **changes}]
+
+
+@pytest.mark.parametrize(
+    ("given", "targets", "message"),
+    [
+        (images(), TARGETS[:2], r"targets must be one for each of 3 images, got 2"),
+        (images(), None, r"targets must be given"),
+        ([], [], r"images must hold at least one"),
+        (torch.rand(3, 300, 300), TARGETS, r"images must be a list .* got \[3, 300, 300\]"),
+        ([torch.rand(1, 20, 20)], TARGETS[:1], r"images\[0\] must have shape \[3, H, W\], got \[1, 20, 20\]"),
+        ([torch.zeros(3, 20, 20, dtype=torch.uint8)], TARGETS[:1], r"images\[0\] must be float .* torch.uint8"),
+        (images(), bad_target(boxes=torch.rand(1, 5)), r'targets\[2\]\["boxes"\] must be float \[G, 4\]'),
+        (images(), bad_target(boxes=torch.tensor([[5.0, 5, 5, 9]])), r"targets\[2\].*positive.*\[5.0, 5.0, 5.0"),
+        (images(), bad_target(boxes=torch.full((1, 4), torch.nan)), r"targets\[2\].*positive, finite"),
+        (images(), bad_target(labels=torch.tensor([1, 2])), r'targets\[2\]\["labels"\] must be int64 \[1\]'),
+        (images(), bad_target(labels=torch.tensor([0])), r"targets\[2\].* in 1..4, 0 being the background"),
+        (images(), bad_target(labels=torch.tensor([NUM_CLASSES])), r"targets\[2\].* in 1..4, .* got \[5\]"),
+    ],
+)
+def test_malformed_input_is_named(given: Any, targets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ssd300_tiny(NUM_CLASSES)(given, targets)
+
+
+def test_weights_hold_all_that_builds_the_model_again(tmp_path: Path) -> None:
+    from ssdcore.weights import load_model, save_weights
+
+    torch.manual_seed(0)
+    anchors = replace(SSD300_VOC, clip="centers")
+    model = ssd300_tiny(4, anchors=anchors, image_mean=(0.1, 0.2, 0.3)).eval()
+    save_weights(model, tmp_path / "model.safetensors", ["cat", "dog", "çà"])
+    again, classes = load_model(tmp_path / "model.safetensors")
+    assert classes == ("cat", "dog", "çà")
+    assert again.name == "ssd300_tiny" and again.anchor_config == anchors and not again.training
+    with torch.no_grad():
+        for expected, got in zip(model(images()), again(images()), strict=True):
+            for name in ("boxes", "labels", "scores"):
+                torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
+
+
+def test_weights_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssdcore.weights import load_model, save_weights
+
+    path = tmp_path / "model.safetensors"
+    save_weights(ssd300_tiny(2), path, ["old"])
+
+    def full_disk(self: Path, content: bytes) -> None:
+        self.open("wb").write(content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_weights(ssd300_tiny(2), path, ["new"])
+    assert load_model(path)[1] == ("old",)
+
+
+def test_fine_tuning_keeps_all_but_the_classes(tmp_path: Path) -> None:
+    from ssdcore.weights import fine_tuned, save_weights
+
+    model = ssd300_tiny(4, image_mean=(0.1, 0.2, 0.3))
+    save_weights(model, tmp_path / "model.safetensors", ["a", "b", "c"])
+    other, fresh = fine_tuned(tmp_path / "model.safetensors", 3)
+    assert fresh and all(name.startswith("head.classification_head.") for name in fresh)
+    torch.testing.assert_close(other.image_mean, model.image_mean)
+    own = model.state_dict()
+    for name, tensor in other.state_dict().items():
+        if name not in fresh:
+            torch.testing.assert_close(tensor, own[name], rtol=0, atol=0)
+    assert fine_tuned(tmp_path / "model.safetensors", 4)[1] == []
+
+
+def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from ssdcore.weights import load_model, save_weights
+
+    with pytest.raises(ValueError, match="no weights at"):
+        load_model(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text(json.dumps({"model": "ssd300_tiny"}))
+    with pytest.raises(ValueError, match=r"text\.safetensors is not a safetensors file"):
+        load_model(tmp_path / "text.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"foreign\.safetensors was not written by ssdcore"):
+        load_model(tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="classes must name the 3 classes of the model, got 1"):
+        save_weights(ssd300_tiny(4), tmp_path / "x.safetensors", ["cat"])

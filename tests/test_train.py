@@ -1,0 +1,185 @@
+"""Training: a run learns, resumes to the last bit, and stops with a reason."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from ssdcore.data import DetectionDataset, open_dataset
+from ssdcore.detect import detect_dataset
+from ssdcore.evaluate import evaluate_detections
+from ssdcore.model import SSD, ssd300_tiny, ssd300_vgg16
+from ssdcore.synthetic import make_synthetic
+from ssdcore.train import RECIPES, _best_epoch, _parameter_groups, _Stream, fit, one_cycle, two_drops
+from ssdcore.transforms import train_transform
+from ssdcore.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic(tmp_path_factory.mktemp("data") / "shapes", train=10, val=4, progress=False)
+
+
+def new_model() -> SSD:
+    torch.manual_seed(0)
+    return ssd300_tiny(4)
+
+
+def run(shapes: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Two epochs of two batches, two of the ten images left over."""
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "quiet": True, **changes}
+    model = options.pop("model", None) or new_model()
+    return fit(model, open_dataset(shapes, "train"), output, **options)
+
+
+class Interrupting(DetectionDataset):
+    """Someone presses Ctrl-C while image number `last` is read."""
+
+    last = 13  # in the second epoch of eight images
+
+    def __getitem__(self, index: int) -> Any:
+        self.last -= 1
+        if self.last < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def test_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(shapes: Path, tmp_path: Path) -> None:
+    val_set = open_dataset(shapes, "val")
+    whole = run(shapes, tmp_path / "whole", val_set=val_set)
+
+    interrupted = open_dataset(shapes, "train")
+    interrupted.__class__ = Interrupting
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            new_model(),
+            interrupted,
+            tmp_path / "resumed",
+            val_set=val_set,
+            epochs=2,
+            batch_size=4,
+            quiet=True,
+        )
+    state = torch.load(tmp_path / "resumed" / "last.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    # Another seed: what the model starts from must not matter.
+    torch.manual_seed(1)
+    resumed = run(shapes, tmp_path / "resumed", model=ssd300_tiny(4), val_set=val_set, resume=True)
+
+    for record in (whole, resumed):
+        for row in record["epochs"]:
+            del row["seconds"]
+    assert resumed == whole
+    expected, got = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "resumed")
+    )
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
+
+
+def test_a_run_leaves_what_it_promises(shapes: Path, tmp_path: Path) -> None:
+    record = run(shapes, tmp_path / "run", val_set=open_dataset(shapes, "val"))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == record
+    assert [row["epoch"] for row in record["epochs"]] == [1, 2]
+    assert all(math.isfinite(row["classification"] + row["bbox_regression"]) for row in record["epochs"])
+    scores = [row["val"]["AP50"] for row in record["epochs"]]
+    assert record["best"] == 1 + scores.index(max(scores))
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+    # The weights kept are those that were scored.
+    model, classes = load_model(tmp_path / "run" / "model.safetensors")
+    val_set = open_dataset(shapes, "val")
+    assert classes == val_set.classes
+    again = evaluate_detections(val_set, detect_dataset(model, val_set, quiet=True), quiet=True)
+    assert again["AP50"] == record["epochs"][record["best"] - 1]["val"]["AP50"]
+
+
+def test_existing_runs_are_safe(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing to resume: .*last\.pt does not exist"):
+        run(shapes, tmp_path / "run", resume=True)
+    run(shapes, tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(shapes, tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match=r"other settings: epochs 1 \(now 2\), seed 0 \(now 5\)"):
+        run(shapes, tmp_path / "run", resume=True, seed=5)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "lr"])
+def test_settings_must_be_positive(shapes: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        run(shapes, tmp_path, **{name: 0})
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes: Path, tmp_path: Path) -> None:
+    class Breaking(SSD):
+        def loss(self, *arguments: Any) -> dict[str, torch.Tensor]:
+            losses = super().loss(*arguments)
+            return {name: value * (torch.nan if self.steps_left == 0 else 1) for name, value in losses.items()}
+
+        def forward(self, *arguments: Any) -> Any:
+            self.steps_left -= 1
+            return super().forward(*arguments)
+
+    model = new_model()
+    model.__class__ = Breaking
+    model.steps_left = 4  # the second batch of the second epoch
+    with pytest.raises(FloatingPointError, match=r"nan.* in epoch 2, batch 2, with images \[\d+, \d+, \d+, \d+\]"):
+        run(shapes, tmp_path, model=model)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert len(torch.load(tmp_path / "last.pt", weights_only=True)["history"]) == 1
+
+
+def test_every_epoch_sees_every_image_in_another_order_and_cut(shapes: Path) -> None:
+    dataset = open_dataset(shapes, "train")
+    dataset.transform = train_transform()
+    epochs = [[_Stream(dataset, 0)[n] for n in range(k * 10, k * 10 + 10)] for k in (0, 1)]
+    ids = [[target["image_id"] for _, target in epoch] for epoch in epochs]
+    assert sorted(ids[0]) == sorted(ids[1]) == sorted(dataset.image_ids.tolist())
+    assert ids[0] != ids[1]
+    first, second = ({target["image_id"]: image for image, target in epoch} for epoch in epochs)
+    assert not any(torch.equal(first[i], second[i]) for i in first)
+
+    # An item hangs on the seed and its number alone, not on what was read before it.
+    assert torch.equal(_Stream(dataset, 0)[7][0], epochs[0][7][0])
+    assert not torch.equal(_Stream(dataset, 1)[7][0], epochs[0][7][0])
+
+
+def test_workers_change_nothing(shapes: Path, tmp_path: Path) -> None:
+    losses = [run(shapes, tmp_path / str(workers), epochs=1, workers=workers)["epochs"][0] for workers in (0, 2)]
+    assert losses[0]["classification"] == losses[1]["classification"]
+
+
+def test_ignored_objects_are_not_trained_on(shapes: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(shapes, "train")
+    dataset._ignore[:] = True
+    record = fit(new_model(), dataset, tmp_path, epochs=1, batch_size=4, quiet=True)
+    assert record["epochs"][0]["bbox_regression"] == 0
+
+
+def test_schedules() -> None:
+    rates = [one_cycle(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04) and rates[30] == max(rates) == 1 and rates[-1] < 0.001
+    rates = [two_drops(step, 120_000) for step in (0, 499, 79_999, 80_000, 99_999, 100_000, 119_999)]
+    assert rates == pytest.approx([1 / 500, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert two_drops(0, 1) > 0  # a run of one step trains
+
+
+def test_only_weights_of_convolutions_decay() -> None:
+    model = ssd300_vgg16(4)
+    decayed, kept = _parameter_groups(model, 5e-4)
+    assert decayed["weight_decay"] == 5e-4 and kept["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in kept["params"]} == {1}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+    assert RECIPES.keys() == {"ssd300_tiny", "ssd300_vgg16"}
+
+
+def test_the_first_of_the_best_epochs_is_kept() -> None:
+    scores = [None, 0.2, 0.9, 0.9, 0.8]  # None: the split has no objects
+    assert _best_epoch([{"val": {"AP50": score}} for score in scores]) == 3
+    assert _best_epoch([{}, {}, {}]) == 3  # without a validation split the last
