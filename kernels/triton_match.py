@@ -78,8 +78,8 @@ def _claim_kernel(
     matched = tl.load(matched_ptr + row, mask=mask)
     for slot in range(count):
         claim = tl.load(claims_ptr + first + slot)
-        claimed = NO_ANCHOR - (claim & 0xFFFFFFFF).to(tl.int32)
-        matched = tl.where((claim > 0) & (anchor == claimed), slot, matched)  # the last claim stands
+        claimed = NO_ANCHOR - (claim & 0xFFFFFFFF).to(tl.int32)  # no claim: NO_ANCHOR itself
+        matched = tl.where(anchor == claimed, slot, matched)  # the last claim stands
     tl.store(matched_ptr + row, matched, mask=mask)
 
 
