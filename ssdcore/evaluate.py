@@ -62,7 +62,7 @@ def evaluate_detections(dataset: DetectionDataset, detections: Detections, *, qu
     _check(dataset, detections)
     results = _coco_metrics(dataset, detections, quiet) | _voc_metrics(dataset, detections)
     if not quiet:
-        means = (f"{name} {100 * results[name]:.1f}" for name in ("VOC07", "VOC12") if results[name] is not None)
+        means = (f"{name} {results[name]:.3f}" for name in ("VOC07", "VOC12") if results[name] is not None)
         print(" Mean average precision at IoU=0.50:", ", ".join(means) or "not defined")
     return results
 

@@ -330,7 +330,7 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate_detections(dataset, detections)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 13  # the twelve numbers, and the VOC means
-    assert printed[0].endswith("= 1.000") and printed[-1].endswith("VOC07 100.0, VOC12 100.0")
+    assert printed[0].endswith("= 1.000") and printed[-1].endswith("VOC07 1.000, VOC12 1.000")
 
 
 @pytest.mark.parametrize(
