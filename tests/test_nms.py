@@ -113,6 +113,14 @@ def test_an_infinite_score_threshold_drops_all_or_only_the_infinite(path: Path) 
     assert batched_nms_padded(boxes, scores, None, 0.99, 3, torch.inf)[1].tolist() == [0]
 
 
+def test_a_score_threshold_drops_nan_and_its_own_value(path: Path) -> None:
+    boxes = random_boxes(4)[None].to(path.device)
+    scores = torch.tensor([[0.5, torch.nan, 0.75, 0.25]], device=path.device)
+    kept, count = batched_nms_padded(boxes, scores, None, 0.99, 4, 0.25)
+    assert kept.tolist() == [[2, 0, -1, -1]]
+    assert count.tolist() == [2]
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 def test_empty_batches(path: Path, shape: tuple[int, int]) -> None:
     kept, count = batched_nms_padded(

@@ -49,6 +49,15 @@ def test_equal_scores_by_class_then_anchor(path: Path) -> None:
     assert found.boxes[0, :, 0].tolist() == [0, 20, 40, 0, 20]
 
 
+def test_a_score_must_exceed_the_threshold(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10]])
+    half = torch.zeros(1, 1, 2)  # softmax: a half, exactly
+    sizes = torch.tensor([[100, 100]])
+    below, at = (run(path, half, torch.zeros(1, 1, 4), anchors, sizes, score_threshold=t) for t in (0.499, 0.5))
+    assert below.num_detections.tolist() == [1]
+    assert at.num_detections.tolist() == [0]
+
+
 def test_top_k_takes_the_lowest_anchors_of_equals(path: Path) -> None:
     anchors = torch.tensor([[20.0 * i, 0, 20 * i + 10, 10] for i in range(9)])
     logits = torch.zeros(1, 9, 2)
