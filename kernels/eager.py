@@ -137,7 +137,7 @@ def _smooth_l1(difference: Tensor, beta: float) -> Tensor:
 
 def _smooth_l1_slope(difference: Tensor, beta: float) -> Tensor:
     if beta == 0:
-        return difference.sign()
+        return torch.where(difference.isnan(), difference, difference.sign())  # sign(NaN) is 0 in torch
     return (difference / beta).clamp(-1, 1)
 
 
@@ -189,6 +189,7 @@ def multibox_loss(
     gt_boxes = F.pad(widen(gt_boxes), (0, 0, 0, 1))
     target = encode_boxes(gt_boxes[gt], anchors, weights)  # [B, A, 4]
     box_loss = _smooth_l1(widen(box_deltas) - target, beta).sum(dim=-1)
+    box_loss = torch.where(valid, box_loss, math.nan)
 
     classification = torch.where(selected, cross_entropy, 0.0).sum(dim=1)  # [B]
     classification = torch.where(cross_entropy.isnan().any(dim=1), math.nan, classification)
@@ -223,7 +224,9 @@ def multibox_loss_backward(
     weights: Sequence[float],
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    grad_logits, grad_deltas = torch.zeros_like(cls_logits), torch.zeros_like(box_deltas)
+    # Contiguous whatever the input is, as a compiled graph has been told.
+    grad_logits = torch.zeros_like(cls_logits, memory_format=torch.contiguous_format)
+    grad_deltas = torch.zeros_like(box_deltas, memory_format=torch.contiguous_format)
     positive, gt, label, valid = _assign(matched_idxs, gt_labels, gt_offsets, cls_logits.shape[-1])
 
     # About one row in thirty is selected: the others cost a zero each and are never read.
@@ -236,6 +239,7 @@ def multibox_loss_backward(
     image, anchor = positive.nonzero(as_tuple=True)
     target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt[image, anchor]], anchors[anchor], weights)
     slope = _smooth_l1_slope(widen(box_deltas[image, anchor]) - target, beta)
+    slope = torch.where(valid[image, anchor, None], slope, math.nan)
     grad_deltas[image, anchor] = (slope * (grad_bbox_regression * scale[image])[:, None]).to(grad_deltas.dtype)
     return grad_logits, grad_deltas
 
@@ -245,9 +249,10 @@ def multibox_loss_backward(
 
 def round_down(threshold: float) -> float:
     """The largest fp32 number that is not above `threshold`: an fp32 IoU exceeds one iff it exceeds the other."""
-    nearest = torch.tensor(threshold, dtype=torch.float32)
+    # Named: under another default device, `item` would wait for the GPU.
+    nearest = torch.tensor(threshold, dtype=torch.float32, device="cpu")
     if nearest.item() > threshold:
-        nearest = torch.nextafter(nearest, torch.tensor(-math.inf))
+        nearest = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
     return nearest.item()
 
 
@@ -287,7 +292,7 @@ def _keep_mask(
     """Which of `boxes` [B, N, 4] survive NMS within their image and class: bool [B, N]."""
     candidate = torch.ones_like(scores, dtype=torch.bool)
     if score_threshold is not None:
-        candidate = scores > score_threshold
+        candidate = widen(scores) > score_threshold
     image, box = candidate.nonzero(as_tuple=True)
     order = sort_key(scores[image, box]).argsort(descending=True, stable=True)
     group = image
@@ -342,8 +347,8 @@ def postprocess_detections(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_anchors, num_classes = cls_logits.shape
     device = cls_logits.device
-    boxes_out = torch.zeros(batch, max_detections, 4, device=device)
-    scores_out = torch.zeros(batch, max_detections, device=device)
+    boxes_out = torch.zeros(batch, max_detections, 4, dtype=torch.float32, device=device)
+    scores_out = torch.zeros(batch, max_detections, dtype=torch.float32, device=device)
     labels_out = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     topk = min(topk_candidates, num_anchors)
     if batch == 0 or topk == 0 or num_classes < 2:

@@ -6,6 +6,7 @@ function takes fp32, fp16 and bf16 (on the CPU fp64 too), computes in fp32 (fp64
 value of a tensor: only shapes, dtypes and devices are checked, so nothing waits for the GPU.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -91,8 +92,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """`nms` within each class: boxes of different `idxs` never meet.
 
-    Exact for every coordinate, negative and huge ones too. torchvision moves the classes apart by adding
-    `idx * (largest coordinate + 1)`, which goes wrong for negative coordinates and rounds large ones.
+    Exact for every coordinate, negative and huge ones too, as long as areas are finite in fp32. torchvision moves the
+    classes apart by adding `idx * (largest coordinate + 1)`, which goes wrong for negative coordinates and rounds
+    large ones.
 
     Args:
         boxes: [N, 4] xyxy.
@@ -260,8 +262,9 @@ def multibox_loss(
     image's sums are divided by its own positives, an image without any weighs 0, and the mean over the batch is
     taken, as NVIDIA does.
 
-    A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss, and so does the label of a
-    positive outside 1..C-1 or a match beyond the image's ground truths; memory outside the tensors is never read.
+    A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss (with `"image"`: where the
+    image has positives). The label of a positive outside 1..C-1, or a match beyond the image's ground truths, gives
+    NaN for both losses; memory outside the tensors is never read.
     Differentiable in `cls_logits` and `box_deltas`, once.
 
     Args:
@@ -411,14 +414,15 @@ def _check_offsets(gt_offsets: Tensor) -> None:
 
 
 def _check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:  # written so that NaN fails
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+    if not least <= value < math.inf:  # written so that NaN fails
+        raise ValueError(f"{name} must be finite and {least} or more, got {value}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    _check_at_least(name, value, least)
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
 
 
 def _check_weights(weights: Sequence[float]) -> list[float]:
@@ -450,6 +454,8 @@ def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[T
     if isinstance(cls_logits, Tensor) and isinstance(box_deltas, Tensor):
         _check("cls_logits", cls_logits, ("B", "A", "C"), _FLOATS)
         _check("box_deltas", box_deltas, (*cls_logits.shape[:2], 4), _FLOATS, like=cls_logits)
+        if cls_logits.shape[2] == 0:
+            raise ValueError(f"cls_logits must have at least one class, got {list(cls_logits.shape)}")
         return cls_logits, box_deltas
     if isinstance(cls_logits, Tensor) or isinstance(box_deltas, Tensor):
         raise TypeError("cls_logits and box_deltas must both be tensors, or both be sequences of maps")
@@ -465,7 +471,7 @@ def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[T
         batch, channels, height, width = cls_map.shape
         _check(f"box_deltas[{level}]", box_map, (batch, "a * 4", height, width), _FLOATS, like=cls_map)
         per_cell = box_map.shape[1] // 4
-        if per_cell == 0 or box_map.shape[1] % 4 or channels % per_cell:
+        if per_cell == 0 or channels == 0 or box_map.shape[1] % 4 or channels % per_cell:
             raise ValueError(
                 f"cls_logits[{level}] must have a * C channels and box_deltas[{level}] a * 4, "
                 f"got {channels} and {box_map.shape[1]}"

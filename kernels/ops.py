@@ -22,13 +22,18 @@ def _define(name: str, module: str) -> CustomOpDef:
     """`ssdcore::<name>`: `eager.<name>` on the CPU, `<module>.<name>_triton` on CUDA, one schema for both."""
     eager_kernel = getattr(eager, name)
 
-    def on_cuda(*args: Any) -> Any:
+    def triton_kernel(*args: Any) -> Any:
         # Imported on first use, so that the package imports where there is no Triton.
         return getattr(importlib.import_module(f"ssdcore.kernels.{module}"), f"{name}_triton")(*args)
 
+    def on_cuda(*args: Any) -> Any:
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(args[0].device):
+            return triton_kernel(*args)
+
     def on_cpu(*args: Any) -> Any:
         wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
-        return on_cuda(*args) if INTERPRETED and not wide else eager_kernel(*args)
+        return triton_kernel(*args) if INTERPRETED and not wide else eager_kernel(*args)
 
     schema = infer_schema(eager_kernel, mutates_args=())
     op = custom_op(f"ssdcore::{name}", on_cuda, mutates_args=(), device_types="cuda", schema=schema)

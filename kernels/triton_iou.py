@@ -25,8 +25,10 @@ def _box_iou_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    # One dimension of programs: the second may not pass 65,535, which is 8 million boxes.
+    strips = tl.cdiv(num_boxes2, BLOCK_COLUMNS)
+    row = tl.program_id(0) // strips * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(0) % strips * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     ax1, ay1, ax2, ay2 = load_box(boxes1_ptr, row, row < num_boxes1)
     bx1, by1, bx2, by2 = load_box(boxes2_ptr, column, column < num_boxes2)
     value = iou(
@@ -42,7 +44,7 @@ def box_iou_triton(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     out = torch.empty(len(boxes1), len(boxes2), dtype=torch.float32, device=boxes1.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(len(boxes1), BLOCK_ROWS), triton.cdiv(len(boxes2), BLOCK_COLUMNS))
+    grid = (triton.cdiv(len(boxes1), BLOCK_ROWS) * triton.cdiv(len(boxes2), BLOCK_COLUMNS),)
     _box_iou_kernel[grid](
         boxes1.contiguous(),
         boxes2.contiguous(),

@@ -26,7 +26,7 @@ from ssdcore.kernels.selection import among_k_largest, kth_largest
 
 NAN_KEY = 0x7FFFFFFF  # a NaN is the hardest of all
 POSITIVE_KEY = -1  # below every candidate: positives are not mined
-TILE = 4096  # logits a program: 32 rows of 128 columns, 32 a thread at four warps
+TILE = 2048  # logits a program: 16 rows of 128 columns, 16 a thread at four warps
 MINING_BLOCK = 1024  # keys a step of the mining: 4 a thread at eight warps
 BATCH_BLOCK = 128  # images a step of the last sum
 
@@ -111,6 +111,7 @@ def _row_loss_kernel(
     tl.store(block_positives_ptr + cell, tl.sum(positive.to(tl.int32)))
     tl.store(block_losses_ptr + cell, tl.sum(tl.where(positive, cross_entropy, 0.0)))
     box_losses_ptr = block_losses_ptr + tl.num_programs(1) * tl.num_programs(0)
+    box_loss = tl.where(valid, box_loss, float("nan"))
     tl.store(box_losses_ptr + cell, tl.sum(tl.where(positive, box_loss, 0.0)))
 
 
@@ -156,7 +157,9 @@ def _mine_kernel(
     num_positives = tl.sum(positives)
 
     wanted = tl.ceil(neg_pos_ratio * num_positives.to(tl.float32))
-    wanted = tl.minimum(tl.maximum(wanted, min_negatives.to(tl.float32)), num_anchors.to(tl.float32)).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(wanted, tl.cast(min_negatives, tl.float32)), tl.cast(num_anchors, tl.float32)).to(
+        tl.int32
+    )
     row = image.to(tl.int64) * num_anchors
     kth, larger = kth_largest(keys_ptr + row, num_anchors, wanted, BLOCK)
     negative_loss = tl.zeros([BLOCK], tl.float32)
@@ -270,7 +273,7 @@ def _backward_kernel(
     ax1, ay1, ax2, ay2 = load_box(anchors_ptr, anchor, positive)
     tx, ty, tw, th = encode(x1, y1, x2, y2, ax1, ay1, ax2, ay2, wx, wy, ww, wh)
     dx, dy, dw, dh = load_box(deltas_ptr, row, positive)
-    factor = tl.load(grad_bbox_regression_ptr) * scale
+    factor = tl.where(valid, tl.load(grad_bbox_regression_ptr) * scale, float("nan"))
     store_box(
         grad_deltas_ptr,
         row,
@@ -301,16 +304,16 @@ def multibox_loss_triton(
     block_anchors, block_classes = row_blocks(num_classes)
     num_blocks = triton.cdiv(num_anchors, block_anchors)
 
-    lse = torch.empty(batch, num_anchors, device=device)
+    lse = torch.empty(batch, num_anchors, dtype=torch.float32, device=device)
     selected = torch.empty(batch, num_anchors, dtype=torch.bool, device=device)
-    scale = torch.empty(batch, device=device)
-    classification = torch.empty((), device=device)
-    bbox_regression = torch.empty((), device=device)
+    scale = torch.empty(batch, dtype=torch.float32, device=device)
+    classification = torch.empty((), dtype=torch.float32, device=device)
+    bbox_regression = torch.empty((), dtype=torch.float32, device=device)
     keys = torch.empty(batch, num_anchors, dtype=torch.int32, device=device)
     block_positives = torch.empty(batch, num_blocks, dtype=torch.int32, device=device)
-    block_losses = torch.empty(2, batch, num_blocks, device=device)
+    block_losses = torch.empty(2, batch, num_blocks, dtype=torch.float32, device=device)
     image_positives = torch.empty(batch, dtype=torch.int32, device=device)
-    image_losses = torch.empty(2, batch, device=device)
+    image_losses = torch.empty(2, batch, dtype=torch.float32, device=device)
 
     if lse.numel():
         _row_loss_kernel[(num_blocks, batch)](

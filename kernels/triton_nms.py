@@ -148,7 +148,7 @@ def batched_nms_padded_triton(
     else:
         candidate = key > score_threshold
         candidates = candidate.sum(dim=1)
-        key = torch.where(candidate, key, -torch.inf)  # behind every candidate, which -inf cannot be
+        key = key.masked_fill(~candidate, -torch.inf)  # behind every candidate, which -inf cannot be
     order = key.argsort(dim=1, descending=True, stable=True)
     boxes = boxes.take_along_dim(order[..., None], dim=1)
     classes = boxes if idxs is None else idxs.take_along_dim(order, dim=1)

@@ -211,8 +211,8 @@ def postprocess_detections_triton(
     device = cls_logits.device
     topk = min(topk_candidates, num_anchors)
     num_foreground = max(num_classes - 1, 0)
-    boxes = torch.zeros(batch, max_detections, 4, device=device)
-    scores = torch.zeros(batch, max_detections, device=device)
+    boxes = torch.zeros(batch, max_detections, 4, dtype=torch.float32, device=device)
+    scores = torch.zeros(batch, max_detections, dtype=torch.float32, device=device)
     labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     count = torch.zeros(batch, dtype=torch.int32, device=device)
     if batch * topk * num_foreground == 0:
@@ -235,7 +235,7 @@ def postprocess_detections_triton(
         enable_fp_fusion=False,
     )
     sorted_keys = ints(batch, num_foreground, topk)
-    sorted_boxes = torch.empty(batch, num_foreground, topk, 4, device=device)
+    sorted_boxes = torch.empty(batch, num_foreground, topk, 4, dtype=torch.float32, device=device)
     num_words = triton.cdiv(topk, 32)
     _class_kernel[(num_foreground, batch)](
         keys,

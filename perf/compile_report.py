@@ -1,8 +1,9 @@
 """Compile every kernel at its production configuration, for GPUs that need not be there.
 
 The launchers run on CPU tensors with launching replaced by recording, so what is compiled is what they launch: the
-same kernels, block sizes, warps, dtypes and specialisations. Prints registers and spills a thread, as `cuobjdump`
-counts them, and shared memory a program. Exits with 1 if a kernel spills.
+same kernels, block sizes, warps, dtypes and specialisations. The smallest problems, which Triton specialises otherwise,
+are compiled too. Prints registers and spills a thread, as `cuobjdump` counts them, and shared memory a program. Exits
+with 1 if a kernel spills.
 """
 
 import argparse
@@ -64,17 +65,35 @@ def recorded() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, An
         JITFunction.run = run
 
 
-def production(dtype: torch.dtype, batch: int = 2, num_anchors: int = 8732, num_classes: int = 81) -> None:
+def production(dtype: torch.dtype) -> None:
     """Call every launcher at the shapes of SSD300 on COCO."""
+    launch_all(dtype, batch=2, num_anchors=8732, num_classes=81, topk=400, max_detections=200, min_negatives=0)
+
+
+def smallest(dtype: torch.dtype) -> None:
+    """Call every launcher with ones: Triton makes an argument of 1 a constant, and another kernel of it."""
+    launch_all(dtype, batch=1, num_anchors=1, num_classes=2, topk=1, max_detections=1, min_negatives=1)
+
+
+def launch_all(
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    num_anchors: int,
+    num_classes: int,
+    topk: int,
+    max_detections: int,
+    min_negatives: int,
+) -> None:
     boxes = torch.zeros(batch, num_anchors, 4, dtype=dtype)
     logits = torch.zeros(batch, num_anchors, num_classes, dtype=dtype)
     anchors = torch.zeros(num_anchors, 4)
-    gt_boxes, gt_labels = torch.zeros(7, 4), torch.ones(7, dtype=torch.int64)
-    gt_offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    gt_boxes, gt_labels = torch.zeros(batch, 4), torch.ones(batch, dtype=torch.int64)
+    gt_offsets = torch.arange(batch + 1, dtype=torch.int32)
     matched = torch.zeros(batch, num_anchors, dtype=torch.int64)
     scalar = torch.zeros(())
 
-    triton_iou.box_iou_triton(boxes[0], boxes[1])
+    triton_iou.box_iou_triton(boxes[0], boxes[-1])
     triton_codec.encode_boxes_triton(boxes, anchors, WEIGHTS)
     triton_codec.decode_boxes_triton(boxes, anchors, WEIGHTS)
     triton_codec.decode_boxes_backward_triton(boxes.float(), boxes, anchors, WEIGHTS)
@@ -82,15 +101,15 @@ def production(dtype: torch.dtype, batch: int = 2, num_anchors: int = 8732, num_
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
     for normalizer in ("batch", "image"):
         *_, lse, selected, scale = triton_multibox.multibox_loss_triton(
-            logits, boxes, *truth, WEIGHTS, 3.0, 1.0, 0, normalizer
+            logits, boxes, *truth, WEIGHTS, 3.0, 1.0, min_negatives, normalizer
         )
     triton_multibox.multibox_loss_backward_triton(
         scalar, scalar, logits, boxes, *truth, lse, selected, scale, WEIGHTS, 1.0
     )
     for idxs in (None, matched):
-        triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, 200, 0.01)
+        triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, max_detections, 0.01)
     triton_postprocess.postprocess_detections_triton(
-        logits, boxes, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, 400, 200
+        logits, boxes, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, topk, max_detections
     )
 
 
@@ -159,6 +178,7 @@ def main() -> int:
     print(f"{'kernel':32}{'arch':8}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>8}  dtypes")
     for architecture in arguments.arch:
         for dtype in (torch.float32, torch.bfloat16):
+            list(compile_all(architecture, lambda dtype=dtype: smallest(dtype)))  # that they compile is enough
             for row in compile_all(architecture, lambda dtype=dtype: production(dtype)):
                 rows.append(row)
                 print(

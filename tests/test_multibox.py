@@ -131,13 +131,23 @@ def test_a_bad_logit_gives_nan(path: Path, value: float, anchor: str) -> None:
 def test_a_label_out_of_range_gives_nan(path: Path, label: int) -> None:
     arguments = problem([2], random_boxes(50))
     arguments["gt_labels"][int(arguments["matched_idxs"].max())] = label
-    assert run(path, arguments)[0][0].isnan()
+    assert all(loss.isnan() for loss in run(path, arguments)[0])
 
 
 def test_a_match_out_of_range_gives_nan(path: Path) -> None:
     arguments = problem([2, 2], random_boxes(50))
     arguments["matched_idxs"][0, 0] = 2  # the second image's first
-    assert run(path, arguments)[0][0].isnan()
+    assert all(loss.isnan() for loss in run(path, arguments)[0])
+
+
+def test_a_nan_delta_is_nan_in_the_gradient(path: Path) -> None:
+    arguments = problem([2], random_boxes(50))
+    positive = int((arguments["matched_idxs"][0] >= 0).nonzero()[0])
+    arguments["box_deltas"][0, positive, 1] = torch.nan
+    for beta in (0.0, 1.0):
+        losses, grads = run(path, arguments, beta=beta)
+        assert losses[1].isnan()
+        assert grads[1].isnan().nonzero().tolist() == [[0, positive, 1]]
 
 
 def test_one_anchor(path: Path) -> None:

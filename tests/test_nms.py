@@ -119,6 +119,9 @@ def test_a_score_threshold_drops_nan_and_its_own_value(path: Path) -> None:
     kept, count = batched_nms_padded(boxes, scores, None, 0.99, 4, 0.25)
     assert kept.tolist() == [[2, 0, -1, -1]]
     assert count.tolist() == [2]
+    # 0.3 in bf16 is 0.30078125, and greater than 0.3.
+    rounded = torch.tensor([[0.3] * 4], dtype=torch.bfloat16, device=path.device)
+    assert batched_nms_padded(boxes, rounded, None, 0.99, 4, 0.3)[1].tolist() == [4]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])

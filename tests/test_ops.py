@@ -122,6 +122,20 @@ def test_compiles_as_one_graph(path: Path, name: str, monkeypatch: pytest.Monkey
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", op_arguments("cpu"))
+def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str) -> None:
+    arguments = op_arguments(path.device)[name]
+    expected = getattr(ops, name)(*arguments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = getattr(ops, name)(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def test_a_compiled_training_step_has_the_same_gradients(path: Path) -> None:
     arguments = op_arguments(path.device)
 
@@ -134,7 +148,9 @@ def test_a_compiled_training_step_has_the_same_gradients(path: Path) -> None:
     grads = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaves = [x.clone().requires_grad_() for x in arguments["multibox_loss"][:2]]
-        grads.append(torch.autograd.grad(function(*leaves), leaves))
+        # Strided: what the op returns must be laid out as its fake promises.
+        strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
+        grads.append(torch.autograd.grad(function(*strided), leaves))
     for expected, found in zip(*grads, strict=True):
         assert torch.equal(expected, found)
 
@@ -189,8 +205,12 @@ TRUTH = (
             "boxes must be float32, float16, bfloat16, float64, got int32",
         ),
         (lambda: kernels.nms(BOXES.tolist(), SCORES, 0.5), TypeError, "boxes must be a tensor, got list"),
-        (lambda: kernels.nms(BOXES, SCORES, -0.1), ValueError, "iou_threshold must be 0 or more, got -0.1"),
-        (lambda: kernels.nms(BOXES, SCORES, torch.nan), ValueError, "iou_threshold must be 0 or more, got nan"),
+        (lambda: kernels.nms(BOXES, SCORES, -0.1), ValueError, "iou_threshold must be finite and 0 or more, got -0.1"),
+        (
+            lambda: kernels.nms(BOXES, SCORES, torch.nan),
+            ValueError,
+            "iou_threshold must be finite and 0 or more, got nan",
+        ),
         (
             lambda: kernels.nms(BOXES, SCORES.to("meta"), 0.5),
             ValueError,
@@ -270,6 +290,16 @@ TRUTH = (
             "got 7 and 8",
         ),
         (
+            lambda: kernels.multibox_loss(LOGITS[..., :0], DELTAS, *TRUTH, BOXES),
+            ValueError,
+            "cls_logits must have at least one class, got [2, 7, 0]",
+        ),
+        (
+            lambda: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH, BOXES, neg_pos_ratio=torch.inf),
+            ValueError,
+            "neg_pos_ratio must be finite and 0 or more, got inf",
+        ),
+        (
             lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2)),
             ValueError,
             "image_sizes must have shape [2, 2], got [2]",
@@ -277,7 +307,7 @@ TRUTH = (
         (
             lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), score_threshold=-1),
             ValueError,
-            "score_threshold must be 0 or more",
+            "score_threshold must be finite and 0 or more",
         ),
         (
             lambda: kernels.postprocess_detections(LOGITS, DELTAS, BOXES, torch.zeros(2, 2), topk_candidates=0),

@@ -105,7 +105,8 @@ def match_anchors(gt_boxes: Array, gt_offsets: Array, anchors: Array, iou_thresh
     matched = np.full((batch, len(anchors)), -1, dtype=np.int64)
     for b in range(batch):
         own = gt_boxes[gt_offsets[b] : gt_offsets[b + 1]]
-        overlaps = np.nan_to_num(box_iou(own, anchors), nan=0.0).clip(min=0)  # [G, A]
+        # As fp32, as the contract has it: quotients that differ beyond its last bit are equal.
+        overlaps = np.nan_to_num(box_iou(own, anchors), nan=0.0).clip(min=0).astype(np.float32)  # [G, A]
         if overlaps.size == 0:
             continue
         for a in range(len(anchors)):
@@ -168,7 +169,7 @@ def multibox_loss(
                 target = encode_boxes(own_boxes[g], anchors[a], weights)
                 regression[b] += _smooth_l1(float64(box_deltas[b, a]) - target, beta)
             else:
-                losses[a] = math.nan
+                losses[a] = regression[b] = math.nan
         chosen = [*np.flatnonzero(positive), *mined_anchors(losses, positive, neg_pos_ratio, min_negatives)]
         classification[b] = math.nan if np.isnan(losses).any() else sum(losses[a] for a in chosen)
         positives[b] = positive.sum()

@@ -9,9 +9,10 @@ NumPy arrays and settings, named as the arguments of the function in `ssdcore.ke
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from ssdcore.testing.reference import Array, decode_boxes
+from ssdcore.testing.reference import Array, decode_boxes, softmax
 
 COORDINATE = 1024  # largest coordinate: unions stay below 2**22, exact in fp32 with two bits to spare for a quarter
 thresholds = st.sampled_from([0.25, 0.5, 0.75])
@@ -97,9 +98,9 @@ def padded_nms_problems(draw: st.DrawFn, max_boxes: int = 40) -> dict[str, Any]:
 
 @st.composite
 def ragged(draw: st.DrawFn, max_images: int = 3, max_truths: int = 6) -> Array:
-    """int64 [B + 1] offsets of a batch's ground truths; images without any among them."""
+    """int32 or int64 [B + 1] offsets of a batch's ground truths; images without any among them."""
     counts = draw(st.lists(st.integers(0, max_truths), max_size=max_images))
-    return np.cumsum([0, *counts], dtype=np.int64)
+    return np.cumsum([0, *counts], dtype=draw(st.sampled_from([np.int32, np.int64])))
 
 
 @st.composite
@@ -126,7 +127,7 @@ def codec_problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def loss_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, Any]:
-    """For `multibox_loss`: from no positive at all to nothing but positives; equal rows of logits among the rest."""
+    """For `multibox_loss`: from no positive at all to nothing but positives, equal rows of logits, wrong labels."""
     rng = draw(generators)
     gt_offsets = draw(ragged())
     batch, num_truths = len(gt_offsets) - 1, int(gt_offsets[-1])
@@ -137,12 +138,18 @@ def loss_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, Any]:
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))  # of positives
     matched = rng.integers(0, 2**30, (batch, num_anchors)) % np.maximum(np.diff(gt_offsets), 1)[:, None]
     positive = (rng.random((batch, num_anchors)) < share) & (np.diff(gt_offsets) > 0)[:, None]
+    labels = rng.integers(1, num_classes, num_truths)
+    wrong = draw(st.sampled_from([None] * 8 + ["label", "match"]))
+    if wrong == "label" and num_truths:
+        labels[draw(st.integers(0, num_truths - 1))] = draw(st.sampled_from([-1, 0, num_classes]))
+    elif wrong == "match" and num_anchors and batch:
+        matched[0, 0], positive[0, 0] = np.diff(gt_offsets)[0], True  # one past the image's last
     return {
         "cls_logits": logits.astype(np.float32),
         "box_deltas": rng.normal(size=(batch, num_anchors, 4)).astype(np.float32),
         "matched_idxs": np.where(positive, matched, -1),
         "gt_boxes": draw(proper_boxes(num_truths)),
-        "gt_labels": rng.integers(1, num_classes, num_truths),
+        "gt_labels": labels,
         "gt_offsets": gt_offsets,
         "anchors": draw(proper_boxes(num_anchors)),
         "neg_pos_ratio": draw(st.sampled_from([0.0, 0.7, 3.0])),
@@ -170,12 +177,17 @@ def postprocess_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, An
     if num_anchors and draw(st.booleans()):
         logits = logits[:, rng.integers(0, num_anchors, num_anchors)]
     sizes = np.array([[draw(st.integers(1, COORDINATE)), draw(st.integers(1, COORDINATE))] for _ in range(batch)])
+    threshold = draw(st.sampled_from([0.0, 0.01, 0.3]))
+    for image in logits.astype(np.float32):
+        # Scores are equal, or further apart than rounding: the order of near ties is nobody's to judge.
+        steps = np.unique(np.append(softmax(image)[:, 1:], threshold))
+        assume((np.diff(steps) > 1e-6 * steps[1:]).all())
     problem = {
         "cls_logits": logits.astype(np.float32),
         "box_deltas": deltas,
         "anchors": anchors.astype(np.float32),
         "image_sizes": sizes.reshape(batch, 2),
-        "score_threshold": draw(st.sampled_from([0.0, 0.01, 0.3])),
+        "score_threshold": threshold,
         "iou_threshold": draw(thresholds),
         "topk_candidates": draw(st.sampled_from([1, 7, 400])),
         "max_detections": draw(st.sampled_from([1, 10, 200])),
