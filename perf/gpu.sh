@@ -5,7 +5,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 unset TRITON_INTERPRET
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU: torch.cuda.is_available() is False"'
+"$python" - <<'EOF'
+import importlib.util, sys
+needed = ("torch", "triton", "numpy", "torchvision", "tqdm", "pytest", "hypothesis")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"perf/gpu.sh needs {', '.join(missing)}, which this Python has not: {sys.executable}")
+import torch
+if not torch.cuda.is_available():
+    sys.exit("perf/gpu.sh needs a GPU: torch.cuda.is_available() is False")
+EOF
 "$python" -m pip install --quiet --no-deps --no-build-isolation -e .
 status=0
 "$python" -m pytest -q --durations=5 tests || status=$?

@@ -16,6 +16,8 @@ if missing := [name for name in EXTRA if find_spec(name) is None]:
 import typer  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from ssdcore.data import DetectionDataset
@@ -50,7 +52,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        # A worker process sends its traceback as the message; what it is about stands in the last line.
+        message = str(error).strip()
+        sys.exit(f"error: {message.splitlines()[-1] if message.startswith('Caught ') else message}")
 
 
 @app.command()
@@ -82,7 +86,7 @@ def demo(
     pictures = detect(sorted((data / "val").glob("*.jpg"))[:DEMO_PICTURES], weights, output / "pictures", device=device)
     sheet = _contact_sheet(pictures, output / "detections.png")
     print(
-        f"\nAP50 {metrics['AP50']:.3f} on {DEMO_VAL} images that it was not trained on."
+        f"\nAP50 {_score(metrics['AP50'])} on {DEMO_VAL} images that it was not trained on."
         f"\nThe first {DEMO_PICTURES} of them, with what it found: {sheet}"
         "\n\nYour own images, in the form of Pascal VOC or COCO:"
         "\n  ssdcore train --data DIR --output RUN"
@@ -99,10 +103,20 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the run; by default runs/DATA-MODEL.", show_default=False)
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="By default the model's own.", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="By default the model's own.", show_default=False)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="By default 40 for ssd300_tiny, 120 for ssd300_vgg16, and more on a small set.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="By default 16 for ssd300_tiny, 32 for ssd300_vgg16.", show_default=False)
+    ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate; by default the model's own.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Highest learning rate; by default 2e-3 for ssd300_tiny, 1e-3 for ssd300_vgg16.", show_default=False
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -131,17 +145,24 @@ def train(
     """Train a detector. An interrupted run continues with --resume, to the same end."""
     from ssdcore.data import available_splits
     from ssdcore.train import fit
+    from ssdcore.weights import load_model
 
     splits = available_splits(data)
     train_split, val_split = _choose_splits(splits, train_split, val_split)
     train_set = _open(data, train_split)
-    val_set = None if val_split is None else _open(data, val_split)
+    val_set = None if val_split is None else _open(data, val_split, train_set.classes)
+    if val_set is not None and (shared := _images(train_set) & _images(val_set)):
+        raise ValueError(f"{val_split} must not be trained on: {len(shared)} of its images are in {train_split} too")
     output = output or Path("runs") / f"{data.resolve().name}-{model}"
-    net = _initial_model(model, weights, len(train_set.classes) + 1, seed)
+    if resume and (output / "model.safetensors").exists():
+        net, _ = load_model(output / "model.safetensors")  # built as the run's was, whatever that started from
+    else:
+        net = _initial_model(model, weights, train_set.classes, seed)
     where = _device(device)
     print(
         f"training {model} for {', '.join(train_set.classes)} on {len(train_set)} images of {train_split}, "
-        f"on {where.type}"
+        f"on {where.type}; keeping "
+        + (f"the epoch with the best AP50 on {val_split}" if val_set else "the last epoch: no validation split")
     )
     try:
         record = fit(
@@ -162,7 +183,7 @@ def train(
             print(f"\nstopped; the whole epochs are kept in {output}: continue with --resume")
         raise typer.Exit(130) from None
     best = record["epochs"][record["best"] - 1]
-    chosen = f"best AP50 on {val_split}, {best['val']['AP50']:.3f}" if val_set else "the last"
+    chosen = f"best AP50 on {val_split}, {_score(best['val']['AP50'])}" if val_set else "the last"
     print(f"wrote {output / 'model.safetensors'} (epoch {best['epoch']}: {chosen}), metrics.json and loss.png")
     return record
 
@@ -180,6 +201,7 @@ def evaluate(
     workers: Workers = None,
 ) -> dict[str, Any]:
     """Score a detector: COCO's average precisions and Pascal VOC's."""
+    from ssdcore.data import open_dataset
     from ssdcore.detect import detect_dataset
     from ssdcore.evaluate import evaluate_detections
     from ssdcore.weights import load_model
@@ -187,13 +209,17 @@ def evaluate(
     model, classes = load_model(weights, _device(device))
     dataset = _open(data, split)
     if dataset.classes != classes:
-        raise ValueError(f"{weights} knows the classes {', '.join(classes)}; {data} has {', '.join(dataset.classes)}")
+        theirs = ", ".join(dataset.classes)
+        try:
+            dataset = open_dataset(data, split, classes)  # the same by name, in another order or more of them
+        except ValueError as error:
+            raise ValueError(f"{weights} knows the classes {', '.join(classes)}; {data} has {theirs}") from error
     metrics = evaluate_detections(dataset, detect_dataset(model, dataset, workers=_share_cores(workers)))
     output = output or weights.parent / split
     about = {"weights": str(weights), "data": str(data), "split": split, "images": len(dataset)}
     _write_json(output / "metrics.json", about | metrics)
     for name, value in metrics["AP50_per_class"].items():
-        print(f" AP50 of {name}: {'not defined' if value is None else format(value, '.3f')}")
+        print(f" AP50 of {name}: {_score(value)}")
     print(f"wrote {output / 'metrics.json'}")
     return metrics
 
@@ -208,31 +234,38 @@ def detect(
 ) -> list[Path]:
     """Find objects in photographs: draws them, and writes them in COCO's form for results.
 
-    detections.json holds image_id, category_id (the class's number, from 1), bbox (x, y, width, height in
-    pixels) and score; images.json tells which file has which image_id.
+    detections.json holds image_id, category_id (the class's number in the data set that the detector was trained
+    on), bbox (x, y, width, height in pixels) and score; images.json tells which file has which image_id, and which
+    class which category_id.
     """
     from ssdcore.detect import detect_files
     from ssdcore.draw import draw_detections
     from ssdcore.evaluate import to_coco_results
-    from ssdcore.weights import load_model
+    from ssdcore.weights import category_ids, load_model
 
     model, classes = load_model(weights, _device(device))
+    ids = category_ids(weights)
     model.score_threshold = score_threshold
     output.mkdir(parents=True, exist_ok=True)
+    photographs = _photographs(images)
+    taken = {path.resolve() for path in photographs}  # a picture never replaces a photograph, nor another picture
     errors: list[str] = []
     files: list[dict[str, Any]] = []
     pictures: dict[Path, None] = {}  # in order
     found = {}
-    for path, photograph, one in detect_files(model, _photographs(images), errors.append):
-        picture = output / f"{path.stem}.jpg"
-        if picture in pictures:  # of a file of the same name in another folder
-            picture = output / f"{path.stem}-{len(pictures) + 1}.jpg"
+    for path, photograph, one in detect_files(model, photographs, errors.append):
+        picture, number = output / f"{path.stem}.jpg", 1
+        while picture.resolve() in taken:
+            number += 1
+            picture = output / f"{path.stem}-{number}.jpg"
+        taken.add(picture.resolve())
         draw_detections(photograph, **one, classes=classes).save(picture, quality=95)
         pictures[picture] = None
         found[len(pictures)] = one
         files.append({"id": len(pictures), "file_name": str(path), "picture": picture.name})
-    _write_json(output / "detections.json", to_coco_results(range(1, len(classes) + 1), found))
-    _write_json(output / "images.json", files)
+    _write_json(output / "detections.json", to_coco_results(ids, found))
+    categories = [{"id": number, "name": name} for number, name in zip(ids, classes, strict=True)]
+    _write_json(output / "images.json", {"images": files, "categories": categories})
     count = sum(len(one["scores"]) for one in found.values())
     print(f"wrote {len(pictures)} pictures with {count} objects, detections.json and images.json to {output}")
     if errors:
@@ -244,22 +277,28 @@ def detect(
 def _choose_splits(splits: list[str], train_split: str | None, val_split: str | None) -> tuple[str, str | None]:
     """The splits to train on and to choose weights by, where None was asked for."""
     train_split = train_split or ("trainval" if "trainval" in splits else "train")
-    if val_split is None and train_split != "trainval" and "val" in splits:
-        val_split = "val"
+    if val_split is None and train_split != "trainval":
+        val_split = next((name for name in ("val", "valid", "validation") if name in splits), None)
     if val_split == "none":
         val_split = None
-    if val_split == "test":
-        raise ValueError("val-split must not be test: weights chosen by it would make its score worthless")
-    if val_split == train_split or (train_split, val_split) == ("trainval", "val"):
-        raise ValueError(f"val-split must not be trained on, got {val_split} with train-split {train_split}")
+    if val_split is not None and val_split.lower().startswith("test"):
+        raise ValueError(f"val-split must not be {val_split}: weights chosen by it would make its score worthless")
     return train_split, val_split
 
 
-def _open(data: Path, split: str) -> "DetectionDataset":
+def _images(dataset: "DetectionDataset") -> set[Path]:
+    return {dataset.image_path(i) for i in range(len(dataset))}
+
+
+def _score(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.3f}"
+
+
+def _open(data: Path, split: str, classes: "Sequence[str] | None" = None) -> "DetectionDataset":
     """Open a split, and tell once what is wrong with it."""
     from ssdcore.data import open_dataset
 
-    dataset = open_dataset(data, split)
+    dataset = open_dataset(data, split, classes)
     if dataset.problems:
         print(f"{len(dataset.problems)} problems in {split} of {data}:")
         print("\n".join(f"  {problem}" for problem in dataset.problems[:MAX_PROBLEMS]))
@@ -268,7 +307,7 @@ def _open(data: Path, split: str) -> "DetectionDataset":
     return dataset
 
 
-def _initial_model(name: str, weights: str | None, num_classes: int, seed: int) -> "SSD":
+def _initial_model(name: str, weights: str | None, classes: "Sequence[str]", seed: int) -> "SSD":
     """A model to train: from a file, on a pretrained backbone, or from scratch."""
     import torch
     from torchvision.models import VGG16_Weights
@@ -279,11 +318,12 @@ def _initial_model(name: str, weights: str | None, num_classes: int, seed: int) 
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     torch.manual_seed(seed)
+    num_classes = len(classes) + 1
     if weights is None:
         return MODELS[name](num_classes, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     if name == "ssd300_vgg16" and weights in VGG16_Weights.__members__:
         return MODELS[name](num_classes, weights_backbone=weights)
-    model, fresh = fine_tuned(weights, num_classes)
+    model, fresh = fine_tuned(weights, classes)
     if model.name != name:
         raise ValueError(f"{weights} holds a {model.name}, not a {name}")
     if fresh:
@@ -306,7 +346,8 @@ def _share_cores(workers: int | None) -> int:
     down twentyfold where anything else wants their core."""
     import torch
 
-    cores = os.cpu_count() or 1
+    # Not all of a machine's need be this process's.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
         workers = min(8, cores // 2)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))

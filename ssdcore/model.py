@@ -77,6 +77,7 @@ class SSD(nn.Module):
     Attributes:
         score_threshold, iou_threshold, topk_candidates, max_detections: of `postprocess_detections`; may be
             set at any time.
+        min_negatives: of `multibox_loss`; 0, as in the paper: an image without objects teaches nothing.
     """
 
     anchors: Tensor  # [A, 4] xyxy
@@ -107,6 +108,7 @@ class SSD(nn.Module):
         self.iou_threshold = 0.45
         self.topk_candidates = 400
         self.max_detections = 200
+        self.min_negatives = 0
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None
@@ -148,12 +150,20 @@ class SSD(nn.Module):
         counts = torch.tensor([len(target["labels"]) for target in targets])  # [B]
         gt_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device, non_blocking=True)  # [B + 1]
         scales = (self.anchor_config.image_size / sizes).repeat_interleave(counts, dim=0)  # [T, 4]
-        gt_boxes = torch.cat([target["boxes"] for target in targets]).to(device, non_blocking=True)
+        # fp32: boxes that come from NumPy are often fp64.
+        gt_boxes = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32, non_blocking=True)
         gt_boxes = gt_boxes * scales.to(device, non_blocking=True)  # [T, 4] xyxy, in the anchors' frame
         gt_labels = torch.cat([target["labels"] for target in targets]).to(device, non_blocking=True)  # [T]
         matched_idxs = match_anchors(gt_boxes, gt_offsets, self.anchors)  # [B, A]
         return multibox_loss(
-            cls_logits, box_deltas, matched_idxs, gt_boxes, gt_labels, gt_offsets, self.anchors
+            cls_logits,
+            box_deltas,
+            matched_idxs,
+            gt_boxes,
+            gt_labels,
+            gt_offsets,
+            self.anchors,
+            min_negatives=self.min_negatives,
         )._asdict()
 
     def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:

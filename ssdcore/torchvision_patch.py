@@ -53,7 +53,7 @@ class AcceleratedSSD(SSD):
         device = head_outputs["cls_logits"].device
         counts = [len(target["labels"]) for target in targets]
         gt_offsets = torch.tensor([0, *counts]).cumsum(0).to(device, non_blocking=True)  # [B + 1]
-        gt_boxes = torch.cat([target["boxes"] for target in targets])  # [T, 4] xyxy
+        gt_boxes = torch.cat([target["boxes"] for target in targets]).float()  # [T, 4] xyxy
         gt_labels = torch.cat([target["labels"] for target in targets])  # [T]
         matched = match_anchors(gt_boxes, gt_offsets, anchors[0], self.proposal_matcher.high_threshold)
         return multibox_loss(

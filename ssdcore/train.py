@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -22,10 +22,11 @@ from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
 from ssdcore.model import SSD
 from ssdcore.transforms import collate, train_transform
-from ssdcore.weights import save_weights, write_atomically
+from ssdcore.weights import description, save_weights, write_atomically
 
 MAX_GRADIENT_NORM = 10.0  # a rare batch has a hundred times the usual gradient; without norms it ends a run
 SELECTED_BY = "AP50"  # the metric on the validation split that chooses the weights to keep
+SAVE_EVERY_S = 20.0  # at most this much work is lost; on a small set an epoch takes a GPU less than writing its state
 
 
 def one_cycle(step: int, steps: int) -> float:
@@ -53,17 +54,24 @@ def two_drops(step: int, steps: int) -> float:
 class Recipe:
     """How one model is trained; the command line may change the first three."""
 
-    epochs: int
+    epochs: int  # at least; more where a small set would give fewer than `steps`
     batch_size: int
     lr: float  # the highest of the run
     weight_decay: float
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Callable[[int, int], float]  # (step, steps) -> factor of lr
+    steps: int = 0
+
+    def epochs_for(self, images: int, batch_size: int) -> int:
+        return max(self.epochs, math.ceil(self.steps / max(1, images // batch_size)))
 
 
 RECIPES = {
     "ssd300_tiny": Recipe(40, 16, 2e-3, 1e-2, torch.optim.AdamW, one_cycle),
-    "ssd300_vgg16": Recipe(120, 32, 1e-3, 5e-4, lambda groups: torch.optim.SGD(groups, momentum=0.9), two_drops),
+    # Without normalisation, some thousand steps are spent before anything is found: a few hundred images want them too.
+    "ssd300_vgg16": Recipe(
+        120, 32, 1e-3, 5e-4, lambda groups: torch.optim.SGD(groups, momentum=0.9), two_drops, steps=5000
+    ),
 }
 
 
@@ -89,8 +97,9 @@ def fit(
     - `metrics.json`: what this function returns; `loss.png`; events for TensorBoard.
     - `last.pt`: the state after the last whole epoch, to resume from.
 
-    Weights, metrics and state are replaced whole after every epoch, so an interruption leaves them valid. A
-    resumed run ends with the weights of an uninterrupted one, to the last bit on a CPU with as many threads.
+    Weights, metrics and state are replaced whole, after an epoch, at least every `SAVE_EVERY_S` seconds or epoch if
+    that is longer: an interruption leaves them valid. A resumed run ends with the weights of an uninterrupted one, to
+    the last bit on a CPU with as many threads.
     Objects with `ignore` set are not trained on. On a GPU the convolutions run in bf16.
 
     Args:
@@ -116,12 +125,13 @@ def fit(
     """
     output = Path(output)
     recipe = RECIPES[model.name]
+    batch_size = min(recipe.batch_size if batch_size is None else batch_size, len(train_set))
     settings: dict[str, Any] = {
-        "model": model.name,
-        "classes": list(train_set.classes),
+        **description(model, train_set.classes, train_set.category_ids),
         "images": len(train_set),
-        "epochs": recipe.epochs if epochs is None else epochs,
-        "batch_size": min(recipe.batch_size if batch_size is None else batch_size, len(train_set)),
+        "val_images": 0 if val_set is None else len(val_set),
+        "epochs": recipe.epochs_for(len(train_set), max(1, batch_size)) if epochs is None else epochs,
+        "batch_size": batch_size,
         "lr": recipe.lr if lr is None else lr,
         "seed": seed,
     }
@@ -130,10 +140,13 @@ def fit(
             raise ValueError(f"{name} must be positive, got {settings[name]}")
 
     model.to(device).to(memory_format=torch.channels_last)
-    optimizer = recipe.optimizer(_parameter_groups(model, recipe.weight_decay))
     history: list[dict[str, Any]] = []
-    if resume:
-        state = _read_state(output / "last.pt", settings)
+    state = _read_state(output / "last.pt", settings) if resume else None
+    if state:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in state["trained"])
+    optimizer = recipe.optimizer(_parameter_groups(model, recipe.weight_decay))
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
@@ -145,6 +158,8 @@ def fit(
     steps = settings["epochs"] * steps_per_epoch
     step = len(history) * steps_per_epoch
     batches = _batches(train_set, settings, len(history), workers, torch.device(device).type == "cuda")
+    torch.backends.cudnn.benchmark = True  # every batch has one shape
+    saved = -math.inf
     with SummaryWriter(output, purge_step=len(history) + 1) as events:
         for epoch in range(len(history) + 1, settings["epochs"] + 1):
             started = time.perf_counter()
@@ -163,7 +178,7 @@ def fit(
                 if not losses.isfinite().all():
                     raise FloatingPointError(
                         f"the loss is not finite, {losses.tolist()}, in epoch {epoch}, batch {number}, with images "
-                        f"{[target['image_id'] for target in targets]}; the learning rate is {lr:.2g}: lower it, or "
+                        f"{', '.join(_names(train_set, targets))}; the learning rate is {lr:.2g}: lower it, or "
                         "look at these images"
                     )
                 total += losses
@@ -180,14 +195,26 @@ def fit(
             if val_set is not None:
                 found = detect_dataset(model, val_set, workers=workers, quiet=True)
                 row["val"] = evaluate_detections(val_set, found, quiet=True)
+                if not quiet:
+                    tqdm.write(f"epoch {epoch}: {SELECTED_BY} {row['val'][SELECTED_BY] or 0:.3f} on {val_set.split}")
             history.append(row)
             record = {"settings": settings, "epochs": history, "best": _best_epoch(history)}
-            if record["best"] == epoch:
-                save_weights(model, output / "model.safetensors", train_set.classes)
-            _write_record(output, record, events)
-            # Last: an interruption before this line repeats the epoch, and writes the same again.
-            _write_state(output / "last.pt", model, optimizer, settings, history)
+            _write_events(events, row)
+            due = time.monotonic() - saved >= SAVE_EVERY_S or epoch == settings["epochs"]
+            if record["best"] == epoch and (due or val_set is not None):
+                save_weights(model, output / "model.safetensors", train_set.classes, train_set.category_ids)
+            if due:
+                _write_record(output, record)
+                # Last: an interruption before this line repeats what came since, and writes the same again.
+                _write_state(output / "last.pt", model, optimizer, settings, history)
+                saved = time.monotonic()
     return {"settings": settings, "epochs": history, "best": _best_epoch(history)}
+
+
+def _names(dataset: DetectionDataset, targets: list[Target]) -> list[str]:
+    """The files of a batch's images."""
+    positions = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
+    return [dataset.image_path(positions[int(target["image_id"])]).name for target in targets]
 
 
 def _train_step(
@@ -247,21 +274,31 @@ def _batches(
     dataset: DetectionDataset, settings: Mapping[str, Any], epochs_done: int, workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, list[Target]]]:
     """The batches of all epochs to come; what does not fill a batch of its epoch is left out of it."""
-    size, images = settings["batch_size"], len(dataset)
-    firsts = (
-        epoch * images + k
-        for epoch in range(epochs_done, settings["epochs"])
-        for k in range(0, images - size + 1, size)
-    )
     return iter(
         DataLoader(
             _Stream(dataset, settings["seed"]),
-            batch_sampler=[list(range(first, first + size)) for first in firsts],
+            batch_sampler=_Batches(len(dataset), settings["batch_size"], range(epochs_done, settings["epochs"])),
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
         )
     )
+
+
+class _Batches(Sampler[list[int]]):
+    """The numbers of a stream's images in whole batches, epoch by epoch."""
+
+    def __init__(self, images: int, size: int, epochs: range) -> None:
+        self.images, self.size, self.epochs = images, size, epochs
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch in self.epochs:
+            for k in range(0, self.images - self.size + 1, self.size):
+                first = epoch * self.images + k
+                yield list(range(first, first + self.size))
+
+    def __len__(self) -> int:
+        return len(self.epochs) * (self.images // self.size)
 
 
 def _best_epoch(history: list[dict[str, Any]]) -> int:
@@ -283,6 +320,7 @@ def _write_state(
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
         "settings": settings,
         "history": history,
     }
@@ -293,7 +331,10 @@ def _write_state(
 def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"nothing to resume: {path} does not exist")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a torn file the unpickler says anything
+        raise ValueError(f"{path} is not the state of a run: {error}") from error
     changed = {
         name: (state["settings"][name], value) for name, value in settings.items() if state["settings"][name] != value
     }
@@ -303,22 +344,23 @@ def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _write_record(output: Path, record: dict[str, Any], events: SummaryWriter) -> None:
+def _write_events(events: SummaryWriter, row: dict[str, Any]) -> None:
+    for name in ("classification", "bbox_regression", "lr"):
+        events.add_scalar(f"train/{name}", row[name], row["epoch"])
+    for name, value in row.get("val", {}).items():
+        if isinstance(value, float):
+            events.add_scalar(f"val/{name}", value, row["epoch"])
+
+
+def _write_record(output: Path, record: dict[str, Any]) -> None:
     write_atomically(output / "metrics.json", json.dumps(record, indent=2).encode())
     history = record["epochs"]
-    latest = history[-1]
-    for name in ("classification", "bbox_regression", "lr"):
-        events.add_scalar(f"train/{name}", latest[name], latest["epoch"])
-    for name, value in latest.get("val", {}).items():
-        if isinstance(value, float):
-            events.add_scalar(f"val/{name}", value, latest["epoch"])
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="loss")
     numbers = [row["epoch"] for row in history]
     for name in ("classification", "bbox_regression"):
         axes.plot(numbers, [row[name] for row in history], label=name)
-    if "val" in latest:
+    if "val" in history[-1]:
         right = axes.twinx()
         right.set(ylabel="AP50 on the validation split", ylim=(0, 1))
         right.plot(numbers, [row["val"]["AP50"] for row in history], "k--", label="AP50")

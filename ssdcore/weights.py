@@ -14,28 +14,43 @@ from ssdcore.anchors import AnchorConfig
 from ssdcore.model import MODELS, SSD
 
 
-def save_weights(model: SSD, path: str | Path, classes: Sequence[str]) -> None:
+def description(model: SSD, classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
+    """All that is needed, besides the tensors, to build `model` again; as JSON holds it."""
+    about = {
+        "model": model.name,
+        "classes": classes,
+        "category_ids": category_ids,
+        "anchors": asdict(model.anchor_config),
+        "image_mean": model.image_mean.flatten().tolist(),
+        "image_std": model.image_std.flatten().tolist(),
+    }
+    built: dict[str, Any] = json.loads(json.dumps(about))
+    return built
+
+
+def save_weights(
+    model: SSD, path: str | Path, classes: Sequence[str], category_ids: Sequence[int] | None = None
+) -> None:
     """Write `model` and the names of its classes to one safetensors file, whole or not at all.
 
     Args:
         model: any of `MODELS`, on any device.
         path: the file; its folder must exist.
         classes: `num_classes - 1` names; label i + 1 is `classes[i]`.
+        category_ids: as many numbers that the classes bear in the data set; by default the labels, from 1.
 
     Raises:
-        ValueError: another number of names.
+        ValueError: another number of names or ids.
     """
     from safetensors.torch import save
 
     if len(classes) != model.num_classes - 1:
         raise ValueError(f"classes must name the {model.num_classes - 1} classes of the model, got {len(classes)}")
-    about = {
-        "model": model.name,
-        "classes": list(classes),
-        "anchors": asdict(model.anchor_config),
-        "image_mean": model.image_mean.flatten().tolist(),
-        "image_std": model.image_std.flatten().tolist(),
-    }
+    if category_ids is None:
+        category_ids = range(1, len(classes) + 1)
+    if len(category_ids) != len(classes):
+        raise ValueError(f"category_ids must be one for each of {len(classes)} classes, got {len(category_ids)}")
+    about = description(model, list(classes), list(category_ids))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(tensors, metadata={"ssdcore": json.dumps(about)}))
 
@@ -52,10 +67,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SS
     return model.eval().to(device), tuple(about["classes"])
 
 
-def fine_tuned(path: str | Path, num_classes: int) -> tuple[SSD, list[str]]:
+def category_ids(path: str | Path) -> tuple[int, ...]:
+    """The numbers that the classes of `load_model` bear in the data set it was trained on."""
+    about, _ = _read(path)
+    return tuple(about["category_ids"])
+
+
+def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]]:
     """A model for other classes that starts from the weights in `path`.
 
-    Tensors whose shape hangs on the number of classes start afresh where that number differs.
+    Unless the classes are the same, the head that tells them apart starts afresh.
 
     Returns:
         the model, and the names of the tensors that start afresh.
@@ -64,9 +85,10 @@ def fine_tuned(path: str | Path, num_classes: int) -> tuple[SSD, list[str]]:
         ValueError: as `load_model`.
     """
     about, tensors = _read(path)
-    model = _build(about, num_classes)
+    model = _build(about, len(classes) + 1)
     own = model.state_dict()
-    fresh = [name for name, tensor in own.items() if tensors[name].shape != tensor.shape]
+    same = about["classes"] == list(classes)
+    fresh = [] if same else [name for name in own if name.startswith("head.classification_head.")]
     model.load_state_dict(tensors | {name: own[name] for name in fresh})
     return model, fresh
 

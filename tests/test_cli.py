@@ -73,7 +73,8 @@ def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_p
     )  # fmt: skip
     # The broken one is named and fails the command, but not the others.
     assert result.exit_code == 1 and f"{folder / 'broken.jpg'}: cannot be read as an image" in result.output
-    images = json.loads((output / "images.json").read_text())
+    about = json.loads((output / "images.json").read_text())
+    images = about["images"]
     assert [image["id"] for image in images] == [1, 2]
     assert [Path(image["file_name"]).name for image in images] == ["noise.png", "noise.jpg"]
     assert [image["picture"] for image in images] == ["noise.jpg", "noise-2.jpg"]
@@ -131,10 +132,57 @@ def test_default_splits(splits: list[str], asked: tuple[Any, Any], expected: tup
     assert cli._choose_splits(splits, *asked) == expected
 
 
-@pytest.mark.parametrize("asked", [("train", "test"), ("trainval", "val"), ("train", "train")])
-def test_weights_are_never_chosen_by_images_that_must_not(asked: tuple[str, str]) -> None:
+@pytest.mark.parametrize("val_split", ["test", "test2017", "Test"])
+def test_weights_are_never_chosen_by_the_test_split(val_split: str) -> None:
     with pytest.raises(ValueError, match="val-split must not be"):
-        cli._choose_splits(["test", "train", "trainval", "val"], *asked)
+        cli._choose_splits(["test", "train", "trainval", "val"], "train", val_split)
+
+
+def test_weights_are_never_chosen_by_images_trained_on(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train must not be trained on: 8 of its images are in train too"):
+        cli.train(shapes, output=tmp_path / "run", train_split="train", val_split="train", device="cpu")
+
+
+def test_a_picture_never_replaces_the_photograph(weights: Path, tmp_path: Path) -> None:
+    Image.effect_noise((60, 50), 90).save(tmp_path / "photo.jpg")
+    before = (tmp_path / "photo.jpg").read_bytes()
+    assert cli.detect([tmp_path], weights, tmp_path, device="cpu") == [tmp_path / "photo-2.jpg"]
+    assert (tmp_path / "photo.jpg").read_bytes() == before
+
+
+def test_detections_bear_the_category_ids_of_the_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_weights(ssd300_tiny(3), tmp_path / "model.safetensors", ["cat", "dog"], [17, 90])
+    Image.effect_noise((60, 50), 90).save(tmp_path / "photo.jpg")
+    output = tmp_path / "found"
+    cli.detect([tmp_path / "photo.jpg"], tmp_path / "model.safetensors", output, score_threshold=0.1, device="cpu")
+    detections = json.loads((output / "detections.json").read_text())
+    assert detections and {one["category_id"] for one in detections} <= {17, 90}
+    categories = json.loads((output / "images.json").read_text())["categories"]
+    assert categories == [{"id": 17, "name": "cat"}, {"id": 90, "name": "dog"}]
+
+
+def test_a_resumed_run_needs_no_start_weights(shapes: Path, tmp_path: Path) -> None:
+    save_weights(ssd300_tiny(4, image_std=(0.5, 0.5, 0.5)), tmp_path / "start.safetensors", SHAPES)
+    settings: dict[str, Any] = {
+        "output": tmp_path / "run", "val_split": "none", "epochs": 1, "batch_size": 8, "device": "cpu", "workers": 0
+    }  # fmt: skip
+    cli.train(shapes, weights=str(tmp_path / "start.safetensors"), **settings)
+    (tmp_path / "start.safetensors").unlink()
+    cli.train(shapes, resume=True, **settings)
+    assert load_model(tmp_path / "run" / "model.safetensors")[0].image_std.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_what_a_worker_says_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError(
+            "Caught ValueError in DataLoader worker process 0.\nTraceback ...\nValueError: a.jpg: truncated"
+        )
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == "error: ValueError: a.jpg: truncated"
 
 
 def test_problems_of_a_dataset_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

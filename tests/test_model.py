@@ -243,14 +243,16 @@ def test_fine_tuning_keeps_all_but_the_classes(tmp_path: Path) -> None:
 
     model = ssd300_tiny(4, image_mean=(0.1, 0.2, 0.3))
     save_weights(model, tmp_path / "model.safetensors", ["a", "b", "c"])
-    other, fresh = fine_tuned(tmp_path / "model.safetensors", 3)
+    other, fresh = fine_tuned(tmp_path / "model.safetensors", ["c", "d"])
     assert fresh and all(name.startswith("head.classification_head.") for name in fresh)
     torch.testing.assert_close(other.image_mean, model.image_mean)
     own = model.state_dict()
     for name, tensor in other.state_dict().items():
         if name not in fresh:
             torch.testing.assert_close(tensor, own[name], rtol=0, atol=0)
-    assert fine_tuned(tmp_path / "model.safetensors", 4)[1] == []
+    assert fine_tuned(tmp_path / "model.safetensors", ["a", "b", "c"])[1] == []
+    # As many classes, but others: what told a from b would be no start.
+    assert fine_tuned(tmp_path / "model.safetensors", ["a", "b", "d"])[1] == fresh
 
 
 def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:

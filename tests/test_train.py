@@ -110,6 +110,20 @@ def test_existing_runs_are_safe(shapes: Path, tmp_path: Path) -> None:
         run(shapes, tmp_path / "run", resume=True, seed=5)
 
 
+def test_a_state_that_is_none_is_named(shapes: Path, tmp_path: Path) -> None:
+    run(shapes, tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "last.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"last\.pt is not the state of a run"):
+        run(shapes, tmp_path / "run", epochs=1, resume=True)
+
+
+def test_a_small_set_gets_more_epochs_where_the_model_needs_steps() -> None:
+    vgg = RECIPES["ssd300_vgg16"]
+    assert vgg.epochs_for(117_266, 32) == vgg.epochs
+    assert vgg.epochs_for(292, 32) * (292 // 32) >= 5000
+    assert RECIPES["ssd300_tiny"].epochs_for(292, 16) == 40
+
+
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "lr"])
 def test_settings_must_be_positive(shapes: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
@@ -129,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes: Path, tmp_
     model = new_model()
     model.__class__ = Breaking
     model.steps_left = 4  # the second batch of the second epoch
-    with pytest.raises(FloatingPointError, match=r"nan.* in epoch 2, batch 2, with images \[\d+, \d+, \d+, \d+\]"):
+    with pytest.raises(FloatingPointError, match=r"nan.* in epoch 2, batch 2, with images \d+\.jpg(, \d+\.jpg){3};"):
         run(shapes, tmp_path, model=model)
     assert all(p.isfinite().all() for p in model.parameters())
     assert len(torch.load(tmp_path / "last.pt", weights_only=True)["history"]) == 1
