@@ -7,12 +7,13 @@ workers share them instead of copying them page by page as reference counts chan
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["VOC_CLASSES", "DetectionDataset", "Target", "available_splits", "open_dataset"]
+__all__ = ["VOC_CLASSES", "DetectionDataset", "Target", "available_splits", "open_dataset", "read_rgb"]
 
 Target = dict[str, Any]
 
@@ -43,7 +44,7 @@ class DetectionDataset(Dataset[tuple[Any, Target]]):
     """Images with boxes, from `open_dataset`.
 
     Item `i` is `(image, target)`, passed through `transform` where one is set. `image` is a
-    `tv_tensors.Image` uint8 [3, H, W] in RGB, whatever the file's own mode. `target` is a dict of
+    `tv_tensors.Image` uint8 [3, H, W] in RGB, whatever the file's own 8-bit mode. `target` is a dict of
 
     - `boxes`: `tv_tensors.BoundingBoxes` float32 [G, 4] xyxy in pixels of the image, canvas_size (H, W)
     - `labels`: int64 [G]; label k is `classes[k - 1]`, 0 is background and never occurs
@@ -58,7 +59,8 @@ class DetectionDataset(Dataset[tuple[Any, Target]]):
         root: the folder that holds the images and annotations.
         split: the split's name.
         classes: class names, in the order of their labels.
-        category_ids: the annotation file's own id of each class: COCO's category ids; 1..n in VOC.
+        category_ids: the annotation file's own id of each class: COCO's category ids; 1..n in VOC. Classes
+            that a COCO file does not know take the ids after its largest one.
         image_ids: int64 [N], the `image_id` of every image.
         problems: one line for everything found wrong in the annotations, naming the file.
         transform: None, or a callable `(image, target) -> (image, target)`; may be set at any time.
@@ -74,7 +76,7 @@ class DetectionDataset(Dataset[tuple[Any, Target]]):
         self.problems = columns.problems
         self.transform: Callable[[Any, Target], tuple[Any, Target]] | None = None
         self.image_ids = torch.tensor(columns.image_ids, dtype=torch.int64)
-        self._files = np.array(columns.files, dtype=np.str_)  # [N], relative to root
+        self._files = np.array(columns.files, dtype=np.str_)  # [N], relative to root, or absolute
         self._sizes = torch.tensor(columns.sizes, dtype=torch.int64).reshape(-1, 2)  # [N, 2] h, w
         self._offsets = torch.tensor(np.cumsum([0, *columns.counts]), dtype=torch.int64)  # [N + 1]
         self._boxes = torch.tensor(columns.boxes, dtype=torch.float32).reshape(-1, 4)  # [T, 4] xyxy
@@ -126,16 +128,31 @@ class DetectionDataset(Dataset[tuple[Any, Target]]):
     def _decode(self, index: int) -> Any:
         path = self.image_path(index)
         height, width = self.image_size(index)
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-                if image.size != (width, height):
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise a dozen kinds
-            raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        image = read_rgb(path, size=(height, width))
         if image.size != (width, height):
             raise ValueError(f"{path}: annotated as {width} x {height} pixels, but has {image.width} x {image.height}")
         return F.to_image(image)
+
+
+def read_rgb(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """Read an image file as 8-bit RGB, turned upright as its EXIF orientation says.
+
+    Args:
+        path: the file, in any mode of at most 8 bits a channel.
+        size: (height, width) in pixels; a file that is stored in this size is not turned.
+
+    Raises:
+        ValueError: naming the file, where it cannot be read or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()  # some formats turn themselves upright here
+            # Pillow would clip the values of these modes at 255, which leaves most images white.
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"its mode is {file.mode}, expected an image of 8 bits a channel")
+            return (file if size == (file.height, file.width) else ImageOps.exif_transpose(file)).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def open_dataset(root: str | Path, split: str, classes: Sequence[str] | None = None) -> DetectionDataset:
@@ -153,14 +170,16 @@ def open_dataset(root: str | Path, split: str, classes: Sequence[str] | None = N
     Args:
         root: the dataset's folder.
         split: the split's name; `available_splits` lists them.
-        classes: class names in the order of their labels 1, 2, ...; objects of other classes are left
-            out, and counted in `problems`. By default all classes: in VOC the 20 of Pascal VOC if the
-            annotations use no others, else the names found in all of `Annotations`, sorted; in COCO in the
-            order of their category ids.
+        classes: class names in the order of their labels 1, 2, ..., such as those that a model was trained
+            on. They may hold classes that the dataset lacks, and must hold every class that the split has
+            objects of. By default all classes: in VOC the 20 of Pascal VOC if the annotations use no
+            others, else the names found in all of `Annotations`, sorted; in COCO in the order of their
+            category ids. Of COCO categories with one name, those that no object is of are passed over.
 
     Raises:
         ValueError: no known layout, no such split, an annotation file that cannot be parsed, an image or
-            annotation file that is missing, or a class that COCO's categories do not know.
+            annotation file that is missing, objects of a class that is not in `classes`, or objects of two
+            COCO categories with the same name.
     """
     root = Path(root)
     if classes is not None and len(set(classes)) != len(classes):
@@ -170,7 +189,7 @@ def open_dataset(root: str | Path, split: str, classes: Sequence[str] | None = N
         raise ValueError(f"no split {split!r} in {root}: it has {_listed(splits, len(splits))}")
     source = splits[split]
     if source.suffix == ".json":
-        return _read_coco(root, split, source, classes)
+        return _read_coco(root, split, source, classes, splits.values())
     return _read_voc(source.parents[2], split, source, classes)
 
 
@@ -191,8 +210,9 @@ def _find_splits(root: Path) -> dict[str, Path]:
     if len(folders) > 1:
         raise ValueError(f"{root} holds more than one Pascal VOC folder, open one of them: {_listed(folders)}")
     for folder in folders:
+        annotated = {path.stem for path in (folder / "Annotations").glob("*.xml")}
         lists = folder.glob("ImageSets/Main/*.txt")
-        voc = {path.stem: path for path in lists if not _is_class_list(path)}
+        voc = {path.stem: path for path in lists if not _is_class_list(path, annotated)}
         if voc:
             return voc
     raise ValueError(
@@ -202,10 +222,13 @@ def _find_splits(root: Path) -> dict[str, Path]:
     )
 
 
-def _is_class_list(path: Path) -> bool:
-    """Whether a VOC list is one for classification (`cat_train.txt`): each line an image and -1, 0 or 1."""
-    with path.open(encoding="utf-8") as file:
-        return re.search(r"\s-?[01]\s*$", file.readline()) is not None
+def _is_class_list(path: Path, annotated: Set[str]) -> bool:
+    """Whether a VOC list is one for classification (`cat_train.txt`): each line an image and -1, 0 or 1.
+
+    The names of images may end so too, as in "img 0": then the whole line is one of those `annotated`.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return bool(lines) and all(line not in annotated and re.search(r"\s-?[01]$", line) for line in lines)
 
 
 class _Columns:
@@ -259,12 +282,6 @@ class _Columns:
         self.areas.append((x2 - x1) * (y2 - y1) if area is None else area)
         self.counts[-1] += 1
 
-    def report_left_out(self, source: str, left_out: Counter[str]) -> None:
-        self.problems += [
-            f"{source}: {count} objects of class {name!r} left out: not among the classes asked for"
-            for name, count in sorted(left_out.items())
-        ]
-
     def size_or_header(self, width: object, height: object, name: str, image: Path) -> tuple[int, int]:
         """(height, width) as annotated; from the image's own header where the annotations have none."""
         numbers = _finite_numbers((height, width), 2)
@@ -302,7 +319,7 @@ def _read_voc(root: Path, split: str, source: Path, classes: Sequence[str] | Non
 
     columns = _Columns()
     labels = {name: label for label, name in enumerate(classes, start=1)}
-    left_out: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     columns.problems += [
         f"{source.relative_to(root)}: {stem} is listed {count} times; kept once"
         for stem, count in Counter(stems).items()
@@ -316,7 +333,7 @@ def _read_voc(root: Path, split: str, source: Path, classes: Sequence[str] | Non
         for number, node in enumerate(tree.findall("object"), start=1):
             name = _text(node, "name")
             if name not in labels:
-                left_out[name] += 1
+                others[name] += 1
                 continue
             written = tuple(_text(node, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
             columns.add_object(
@@ -327,7 +344,7 @@ def _read_voc(root: Path, split: str, source: Path, classes: Sequence[str] | Non
                 ignore=_text(node, "difficult") == "1",
                 area=None,
             )
-    columns.report_left_out("Annotations", left_out)
+    _refuse_others(source, others, classes)
     return DetectionDataset(root, split, classes, range(1, len(classes) + 1), columns)
 
 
@@ -342,18 +359,18 @@ def _text(node: ElementTree.Element, path: str) -> str:
     return (node.findtext(path) or "").strip()
 
 
-def _read_coco(root: Path, split: str, source: Path, classes: Sequence[str] | None) -> DetectionDataset:
+def _read_coco(
+    root: Path, split: str, source: Path, classes: Sequence[str] | None, sources: Iterable[Path]
+) -> DetectionDataset:
     content = _parse_coco(source)
-    names = {category["id"]: category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])}
+    names = _coco_categories(source, content["categories"], sources)
     ids = {name: category_id for category_id, name in names.items()}
-    if len(ids) != len(names):
-        raise ValueError(f"{source}: two categories have the same name: {list(names.values())}")
     if classes is None:
         classes = list(ids)
-    unknown = [name for name in classes if name not in ids]
-    if unknown:
-        raise ValueError(f"{source} has no category {_listed(unknown)}: it has {_listed(ids, len(ids))}")
-    labels = {ids[name]: label for label, name in enumerate(classes, start=1)}
+    # Ids that the file gives to none of its categories, so that no detection counts for a wrong one.
+    new_ids = itertools.count(1 + max((category["id"] for category in content["categories"]), default=0))
+    category_ids = [ids[name] if name in ids else next(new_ids) for name in classes]
+    labels = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
 
     images = {image["id"]: image for image in content["images"]}
     if len(images) != len(content["images"]):
@@ -363,7 +380,7 @@ def _read_coco(root: Path, split: str, source: Path, classes: Sequence[str] | No
     columns = _Columns()
     json_name = source.relative_to(root).as_posix()
     objects = defaultdict(list)
-    left_out: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for annotation in content["annotations"]:
         name = f"{json_name}: annotation {annotation.get('id')}"
         if annotation["image_id"] not in images:
@@ -371,15 +388,18 @@ def _read_coco(root: Path, split: str, source: Path, classes: Sequence[str] | No
         elif annotation["category_id"] not in names:
             columns.problems.append(f"{name}: no category has the id {annotation['category_id']}; dropped")
         elif annotation["category_id"] not in labels:
-            left_out[names[annotation["category_id"]]] += 1
+            others[names[annotation["category_id"]]] += 1
         else:
             objects[annotation["image_id"]].append(annotation)
+    _refuse_others(source, others, classes)
 
     for image_id, image in images.items():
         path = folder / image["file_name"]
         name = f"{json_name}: image {image['file_name']}"
         size = columns.size_or_header(image.get("width"), image.get("height"), name, path)
-        columns.add_image(path.relative_to(root).as_posix(), image_id, size)
+        # A file_name may be an absolute path, of a file anywhere.
+        file = path.relative_to(root) if path.is_relative_to(root) else path
+        columns.add_image(file.as_posix(), image_id, size)
         for annotation in objects[image_id]:
             written = annotation.get("bbox")
             xywh = _finite_numbers(written, 4)
@@ -392,8 +412,28 @@ def _read_coco(root: Path, split: str, source: Path, classes: Sequence[str] | No
                 ignore=bool(annotation.get("iscrowd", 0)),
                 area=None if area is None else area[0],
             )
-    columns.report_left_out(json_name, left_out)
-    return DetectionDataset(root, split, classes, [ids[name] for name in classes], columns)
+    return DetectionDataset(root, split, classes, category_ids, columns)
+
+
+def _coco_categories(source: Path, categories: Sequence[Mapping[str, Any]], sources: Iterable[Path]) -> dict[int, str]:
+    """The names of the categories by id, sorted by id; of those with the same name, the one that is used."""
+    names = {category["id"]: category["name"] for category in sorted(categories, key=lambda c: c["id"])}
+    same = defaultdict(list)
+    for category_id, name in names.items():
+        same[name].append(category_id)
+    if len(same) == len(names):
+        return names
+
+    # Roboflow's category 0 stands for all others, has no objects, and may share its name with a real one. The
+    # files of all splits are asked what is used: the splits must agree on the classes.
+    used = {annotation["category_id"] for path in sources for annotation in _parse_coco(path)["annotations"]}
+    for name, category_ids in same.items():
+        kept = [category_id for category_id in category_ids if category_id in used] or category_ids[-1:]
+        if len(kept) > 1:
+            raise ValueError(f"{source}: categories {_listed(kept)} have the same name, {name!r}, and objects each")
+        for category_id in set(category_ids) - set(kept):
+            del names[category_id]
+    return names
 
 
 def _parse_coco(path: Path) -> Mapping[str, list[dict[str, Any]]]:
@@ -411,7 +451,7 @@ def _parse_coco(path: Path) -> Mapping[str, list[dict[str, Any]]]:
         if not isinstance(entries, list):
             raise ValueError(f"{path}: no list of {part!r}, so not COCO's object detection form")
         for entry in entries:
-            if not all(key in entry for key in keys):
+            if not isinstance(entry, dict) or not all(key in entry for key in keys):
                 raise ValueError(f"{path}: each of {part!r} must have {_listed(keys)}, got {str(entry)[:200]}")
             if not all(isinstance(entry[key], int) for key in keys if key.endswith("id")):
                 raise ValueError(f"{path}: ids in {part!r} must be integers, got {str(entry)[:200]}")
@@ -433,6 +473,16 @@ def _coco_image_folder(root: Path, split: str, source: Path, files: Sequence[str
 def _require(source: Path, kind: str, missing: Sequence[str]) -> None:
     if missing:
         raise ValueError(f"{source} lists {len(missing)} {kind} files that are missing: {_listed(missing)}")
+
+
+def _refuse_others(source: Path, others: Counter[str], classes: Sequence[str]) -> None:
+    """Raise ValueError where there are objects of `others`, counted by class: left out, they would become
+    background to train on, and every detection of them a mistake."""
+    if others:
+        counts = _listed(f"{name} ({count} objects)" for name, count in sorted(others.items()))
+        raise ValueError(
+            f"{source} has objects of classes that are not in classes, {counts}: it is {_listed(classes, len(classes))}"
+        )
 
 
 def _finite_numbers(written: object, count: int) -> tuple[float, ...] | None:

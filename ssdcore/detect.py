@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from ssdcore.data import DetectionDataset
+from ssdcore.data import DetectionDataset, read_rgb
 from ssdcore.model import SSD
 from ssdcore.transforms import collate, eval_transform
 
@@ -75,10 +75,9 @@ def detect_files(
             for path in paths[first : first + BATCH_SIZE]:
                 bar.update()
                 try:
-                    with Image.open(path) as file:
-                        photographs.append((path, ImageOps.exif_transpose(file).convert("RGB")))
-                except Exception as error:  # Pillow's decoders raise a dozen kinds
-                    on_error(f"{path}: cannot be read as an image: {error}")
+                    photographs.append((path, read_rgb(path)))
+                except ValueError as error:
+                    on_error(str(error))
             if photographs:
                 images = torch.stack([transform(F.to_image(image), {})[0] for _, image in photographs])
                 sizes = torch.tensor([(image.height, image.width) for _, image in photographs])

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from ssdcore.data import VOC_CLASSES, DetectionDataset, available_splits, open_dataset
+from ssdcore.data import VOC_CLASSES, DetectionDataset, available_splits, open_dataset, read_rgb
 
 WIDTH, HEIGHT = 40, 30
 
@@ -114,14 +115,79 @@ def test_voc_classification_lists_are_no_splits(tmp_path: Path) -> None:
     assert available_splits(root) == ["train"]
 
 
-def test_asked_classes(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, {"train": {"a": [("dog", (1, 1, 5, 5)), ("cat", (2, 2, 6, 6))]}})
-    dataset = open_dataset(root, "train", classes=["bird", "cat"])
-    assert dataset.classes == ("bird", "cat")
-    assert dataset.target(0)["labels"].tolist() == [2]
-    assert len(dataset.problems) == 1 and "'dog'" in dataset.problems[0]
+def test_voc_image_names_that_end_in_a_number(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": {"img 0": [], "img 1": []}, "val": {"img": [], "b -1": []}})
+    (root / "ImageSets/Main/cat_val.txt").write_text("img  1\nb -1 -1\n\n")
+    assert available_splits(root) == ["train", "val"]
+    assert len(open_dataset(root, "train")) == len(open_dataset(root, "val")) == 2
+
+
+def test_voc_asked_classes(tmp_path: Path) -> None:
+    objects: list[Object] = [("dog", (1, 1, 5, 5)), ("cat", (2, 2, 6, 6))]
+    root = write_voc(tmp_path, {"train": {"a": objects}, "val": {"b": objects[1:]}})
+    dataset = open_dataset(root, "train", classes=["dog", "bird", "cat"])
+    assert dataset.classes == ("dog", "bird", "cat") and dataset.category_ids == (1, 2, 3)
+    assert dataset.target(0)["labels"].tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"train\.txt has .* not in classes, dog \(1 objects\): it is bird, cat"):
+        open_dataset(root, "train", classes=["bird", "cat"])
+    assert open_dataset(root, "val", classes=["bird", "cat"]).target(0)["labels"].tolist() == [2]
     with pytest.raises(ValueError, match="differ"):
         open_dataset(root, "train", classes=["cat", "cat"])
+
+
+def test_coco_asked_classes(tmp_path: Path) -> None:
+    categories = [*coco_content()["categories"], {"id": 90, "name": "unused"}]
+    root = write_coco(tmp_path, coco_content(categories=categories))
+    dataset = open_dataset(root, "train", classes=["dog", "car"])
+    assert dataset.category_ids == (18, 3) and dataset.target(0)["labels"].tolist() == [1, 2]
+    dataset = open_dataset(root, "train", classes=["cow", "dog", "hen", "car"])
+    assert dataset.classes == ("cow", "dog", "hen", "car")
+    assert dataset.category_ids == (91, 18, 92, 3)  # no id of the file, not even an unused one, is given anew
+    assert dataset.target(0)["labels"].tolist() == [2, 4]
+    assert dataset.problems == []
+    with pytest.raises(ValueError, match=r"train\.json has .* not in classes, car \(1 objects\): it is dog, cow"):
+        open_dataset(root, "train", classes=["dog", "cow"])
+
+
+def test_coco_categories_of_one_name(tmp_path: Path) -> None:
+    categories = [{"id": i, "name": name} for i, name in enumerate(("cell", "dot", "cell"))]
+    annotation = {"image_id": 139, "bbox": [1, 2, 3, 4]}
+
+    def write(split: str, used: Sequence[int]) -> None:
+        annotations = [annotation | {"category_id": category_id} for category_id in used]
+        content = coco_content(categories=categories, annotations=annotations)
+        write_coco(tmp_path, content, split, f"{split}/_annotations.coco.json")
+
+    write("train", [1, 2])
+    write("valid", [1])
+    write("test", [])
+    datasets = [open_dataset(tmp_path, split) for split in ("train", "valid", "test")]
+    assert {dataset.classes for dataset in datasets} == {("dot", "cell")}
+    assert {dataset.category_ids for dataset in datasets} == {(1, 2)}
+    assert datasets[0].target(0)["labels"].tolist() == [1, 2]
+
+    write("train", [0, 1])
+    datasets = [open_dataset(tmp_path, split) for split in ("train", "valid", "test")]
+    assert {dataset.classes for dataset in datasets} == {("cell", "dot")}
+    assert {dataset.category_ids for dataset in datasets} == {(0, 1)}
+
+    write("train", [1])
+    assert open_dataset(tmp_path, "test").category_ids == (1, 2)  # neither is used: the last
+
+    write("train", [0])
+    write("valid", [2])
+    with pytest.raises(ValueError, match=r"_annotations\.coco\.json: categories 0, 2 have the same name, 'cell'"):
+        open_dataset(tmp_path, "test")
+
+
+def test_coco_absolute_file_name(tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere/a.jpg"
+    write_image(outside)
+    images = [{"id": 139, "file_name": str(outside), "width": HEIGHT, "height": WIDTH}]
+    dataset = open_dataset(write_coco(tmp_path / "root", coco_content(images=images)), "train")
+    assert dataset.image_path(0) == outside
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(outside))}: annotated as"):
+        dataset[0]
 
 
 def test_coco(tmp_path: Path) -> None:
@@ -137,10 +203,6 @@ def test_coco(tmp_path: Path) -> None:
     image, empty = dataset[1]
     assert image.shape == (3, HEIGHT, WIDTH)
     assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,) and empty["ignore"].shape == (0,)
-    only_dogs = open_dataset(tmp_path, "train", classes=["dog"])
-    assert only_dogs.category_ids == (18,) and only_dogs.target(0)["labels"].tolist() == [1]
-    with pytest.raises(ValueError, match=r"no category cow: it has car, dog"):
-        open_dataset(tmp_path, "train", classes=["cow"])
 
 
 @pytest.mark.parametrize(
@@ -210,6 +272,28 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
     assert (image[:, -1].float().mean() - image[:, 0].float().mean()) > 200  # the gradient runs down
 
 
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", ".png"), ("I;16", ".tif"), ("I", ".tif"), ("F", ".tif")])
+def test_more_than_8_bits_are_refused(tmp_path: Path, mode: str, suffix: str) -> None:
+    root = write_voc(tmp_path, {"train": {"a": []}})
+    (root / "JPEGImages/a.jpg").unlink()
+    write_image(root / f"JPEGImages/a{suffix}", mode)
+    with pytest.raises(ValueError, match=rf"a\{suffix}: .* mode is {mode}, expected an image of 8 bits"):
+        open_dataset(root, "train")[0]
+
+
+def test_read_rgb(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    path = tmp_path / "a.jpg"
+    write_image(path, "L", exif=exif)
+    image = read_rgb(path)
+    assert image.mode == "RGB" and image.size == (HEIGHT, WIDTH)
+    assert read_rgb(str(path), size=(WIDTH, HEIGHT)).size == (HEIGHT, WIDTH)
+    assert read_rgb(path, size=(HEIGHT, WIDTH)).size == (WIDTH, HEIGHT)
+    with pytest.raises(ValueError, match=r"b\.jpg: cannot be read"):
+        read_rgb(tmp_path / "b.jpg")
+
+
 def test_exif_orientation_is_applied_only_where_annotated_so(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     exif = Image.Exif()
@@ -259,6 +343,9 @@ def test_broken_image_is_named(tmp_path: Path, spoil: Callable[[Path], None]) ->
         ("[]", "no list of 'images'"),
         (json.dumps(coco_content(annotations=None)), "no list of 'annotations'"),
         (json.dumps(coco_content(annotations=[{"image_id": 1}])), "must have image_id, category_id"),
+        (json.dumps(coco_content(annotations=[None])), r"train\.json: each of 'annotations' must have .*got None"),
+        (json.dumps(coco_content(images=[7])), r"train\.json: each of 'images' must have .*got 7"),
+        (json.dumps(coco_content(categories=[3])), r"train\.json: each of 'categories' must have .*got 3"),
         (json.dumps(coco_content(images=[{"id": "a", "file_name": "a.jpg"}])), "must be integers"),
         (json.dumps(coco_content(images=[{"id": 1, "file_name": "a.jpg"}] * 2)), "two images"),
         (json.dumps(coco_content(images=[{"id": 1, "file_name": "c.jpg"}])), r"c\.jpg is in none of"),
@@ -266,7 +353,7 @@ def test_broken_image_is_named(tmp_path: Path, spoil: Callable[[Path], None]) ->
             json.dumps(coco_content(images=[{"id": i, "file_name": f"{c}.jpg"} for i, c in enumerate("axy")])),
             r"2 image files that are missing: x\.jpg, y\.jpg",
         ),
-        (json.dumps(coco_content(categories=[{"id": i, "name": "x"} for i in (1, 2)])), "same name"),
+        (json.dumps(coco_content(categories=[{"id": i, "name": "x"} for i in (3, 18)])), "same name"),
     ],
 )
 def test_broken_coco_json(tmp_path: Path, content: str, message: str) -> None:
