@@ -295,7 +295,6 @@ def _keep_mask(
         candidate = widen(scores) > score_threshold
     image, box = candidate.nonzero(as_tuple=True)
     order = sort_key(scores[image, box]).argsort(descending=True, stable=True)
-    group = image
     if idxs is not None:
         order = order[idxs[image, box][order].argsort(stable=True)]
     order = order[image[order].argsort(stable=True)]

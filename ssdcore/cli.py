@@ -180,7 +180,7 @@ def train(
         )
     except KeyboardInterrupt:
         if (output / "last.pt").exists():
-            print(f"\nstopped; the whole epochs are kept in {output}: continue with --resume")
+            print(f"\nstopped; {output} holds the run as last saved: continue with --resume")
         raise typer.Exit(130) from None
     best = record["epochs"][record["best"] - 1]
     chosen = f"best AP50 on {val_split}, {_score(best['val']['AP50'])}" if val_set else "the last"

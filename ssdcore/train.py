@@ -95,12 +95,11 @@ def fit(
     - `model.safetensors`: the weights of the epoch with the highest AP50 on `val_set`, the first of equals;
       without `val_set` those of the last epoch.
     - `metrics.json`: what this function returns; `loss.png`; events for TensorBoard.
-    - `last.pt`: the state after the last whole epoch, to resume from.
+    - `last.pt`: the state after a whole epoch, to resume from.
 
-    Weights, metrics and state are replaced whole, after an epoch, at least every `SAVE_EVERY_S` seconds or epoch if
-    that is longer: an interruption leaves them valid. A resumed run ends with the weights of an uninterrupted one, to
-    the last bit on a CPU with as many threads.
-    Objects with `ignore` set are not trained on. On a GPU the convolutions run in bf16.
+    They are written after the first and the last epoch, and after others once `SAVE_EVERY_S` seconds have passed;
+    each is replaced whole, so an interruption leaves them valid. A resumed run ends with the weights of an
+    uninterrupted one, to the last bit on a CPU with as many threads. Objects with `ignore` set are not trained on. On a GPU the convolutions run in bf16.
 
     Args:
         model: any of `MODELS`; it is moved to `device` and left with the last epoch's weights.
