@@ -99,7 +99,9 @@ def fit(
 
     They are written after the first and the last epoch, and after others once `SAVE_EVERY_S` seconds have passed;
     each is replaced whole, so an interruption leaves them valid. A resumed run ends with the weights of an
-    uninterrupted one, to the last bit on a CPU with as many threads. Objects with `ignore` set are not trained on. On a GPU the convolutions run in bf16.
+    uninterrupted one, to the last bit on a CPU with as many threads.
+
+    Objects with `ignore` set are not trained on. On a GPU the convolutions run in bf16.
 
     Args:
         model: any of `MODELS`; it is moved to `device` and left with the last epoch's weights.
