@@ -25,6 +25,13 @@ def test_equals_torchvision_image_by_image(path: Path, threshold: float) -> None
             assert (matched == -1).all()
 
 
+@pytest.mark.parametrize(("height", "threshold"), [(5, 0.5), (3, 0.3), (7, 0.7)])
+def test_an_overlap_of_exactly_the_threshold_is_enough(path: Path, height: int, threshold: float) -> None:
+    # The first anchor is claimed; the second overlaps by height / 10, the threshold in fp32; the third by less.
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, height], [0, 0, 10, height - 1]])
+    assert match(path, anchors[:1], [1], anchors, threshold).tolist() == [[0, 0, -1]]
+
+
 def test_a_truth_that_overlaps_nothing_claims_nothing(path: Path) -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     lost = torch.tensor([[100.0, 100, 110, 110]])
