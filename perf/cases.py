@@ -1,236 +1,406 @@
-"""What is measured: one entry a case, its inputs, and the call of every provider that it has.
+"""What is measured: one registry entry a case, with its shapes, and everyone who solves it on the same inputs.
 
-A provider's result must first match eager's; the one of lower precision or another contract does not belong here.
+Sizes have the letters of the ops' contracts: B images, A anchors, C classes with the background, G objects an image in
+the mean, N boxes (M of the other kind), K classes of NMS.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
+import inputs
 import torch
 import torchvision
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.models.detection._utils import BoxCoder, SSDMatcher
 from torchvision.models.detection.ssd import SSD
 
 from ssdcore import kernels
-from ssdcore.anchors import SSD300_COCO, make_anchors
 from ssdcore.kernels import eager
 
 WEIGHTS = [10.0, 10.0, 5.0, 5.0]
-NUM_CLASSES = 81  # COCO's 80 and background
 IMAGE = 300  # pixels
+ROUNDING = 1e-5  # |a - b| / |b|: fp32, in another order
+ROUNDING_16 = 1e-2  # results in 16 bits, or computed in them
+NEAR_TIE = 0.05  # the last bit of a loss or score decides which of two anchors is taken, or first: a row in hundreds
+CPU_BATCH = 8  # largest on a CPU
+Shape = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A problem, and the calls that solve it."""
+
+    providers: Mapping[str, Callable[[], Any]]  # results are tensors; those of `reference` are right
+    reads: Sequence[Tensor] = ()  # what any provider must read once; what it must write is the result
+    reference: str = "eager"
+    tolerance: float = ROUNDING  # of each tensor's norm; where it is that of rounding, integers must be equal
+    staged: bool = False  # providers are generators that name their stages
 
 
 @dataclass(frozen=True)
 class Case:
+    """A kind of problem. The first of `shapes` is the one that tables show and `torch.compile` is timed at."""
+
     name: str
-    shape: str
-    dtype: str
-    providers: dict[str, Callable[[], Any]]  # "ssdcore", "eager", "torchvision"
+    build: Callable[..., Workload]  # of a shape and the device
+    shapes: Sequence[Shape]
+    quick: Sequence[Shape]
+    sweep: Mapping[str, Sequence[int]] = field(default_factory=dict)  # sizes for perf/sweep.py, others as in shapes[0]
+
+    def shapes_for(self, device: str, quick: bool) -> list[Shape]:
+        shapes = self.quick if quick else self.shapes
+        return unique(on_cpu(shape) for shape in shapes) if device == "cpu" else list(shapes)
+
+
+REGISTRY: dict[str, Case] = {}
+
+
+def case(name: str, **description: Any) -> Callable[[Callable[..., Workload]], Callable[..., Workload]]:
+    """Register a function that builds the workload of a shape; its keyword arguments are the shape's sizes."""
+
+    def register(build: Callable[..., Workload]) -> Callable[..., Workload]:
+        REGISTRY[name] = Case(name, build, **description)
+        return build
+
+    return register
+
+
+def grid(**sizes: Sequence[Any]) -> list[Shape]:
+    """Every combination."""
+    return [dict(zip(sizes, values, strict=True)) for values in product(*sizes.values())]
+
+
+def star(base: Shape, **sizes: Sequence[Any]) -> list[Shape]:
+    """`base`, and `base` with one size at a time changed to each of those given."""
+    return unique([base, *({**base, name: value} for name, values in sizes.items() for value in values)])
+
+
+def unique(shapes: Any) -> list[Shape]:
+    return [dict(items) for items in dict.fromkeys(tuple(shape.items()) for shape in shapes)]
+
+
+def on_cpu(shape: Shape) -> Shape:
+    """As much of it as a CPU does in reasonable time: small batches, fp32."""
+    limits = {"B": CPU_BATCH, "N": 30_000}
+    small = {name: min(value, limits.get(name, value)) for name, value in shape.items() if isinstance(value, int)}
+    return {**shape, **small, "dtype": "float32"}
+
+
+def ssd(**changes: Any) -> Shape:
+    """SSD300 on COCO."""
+    return {"B": 32, "A": 8732, "C": 81, "G": 7, "dtype": "bfloat16"} | changes
+
+
+def without(*names: str, shapes: Sequence[Shape]) -> list[Shape]:
+    return unique({name: value for name, value in shape.items() if name not in names} for shape in shapes)
+
+
+BATCHES = (1, 8, 32, 128)
+SSD_STAR = star(ssd(), B=BATCHES, A=(24_564,), C=(21, 91), dtype=("float32",))
+SSD_QUICK = [ssd(B=4)]
+SSD_SWEEP = {"B": (1, 2, 4, 8, 16, 32, 64), "A": (500, 2000, 8732, 24_564, 65_536), "C": (5, 21, 81, 320)}
+BOX_SWEEP = {"N": (100, 300, 1000, 3000, 10_000, 30_000, 100_000)}
+
+
+# --- boxes ------------------------------------------------------------------------------------------------
+
+
+@case(
+    "box_iou",
+    shapes=[{"N": 100, "M": 8732, "dtype": "float32"}, {"N": 4000, "M": 8732, "dtype": "float32"}],
+    quick=[{"N": 100, "M": 8732, "dtype": "float32"}],
+    sweep={"N": (10, 30, 100, 300, 1000, 3000)},
+)
+def box_iou(device: str, dtype: torch.dtype, N: int, M: int) -> Workload:
+    boxes, anchors = inputs.random_boxes(N).to(device, dtype), inputs.anchors(M, device).to(dtype)
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.box_iou(boxes, anchors),
+            "torchvision": lambda: torchvision.ops.box_iou(boxes, anchors),
+            "eager": lambda: eager.box_iou(boxes, anchors),
+        },
+        reads=(boxes, anchors),
+    )
+
+
+@case(
+    "encode_boxes",
+    shapes=without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
+    quick=without("C", "G", shapes=SSD_QUICK),
+    sweep={"B": SSD_SWEEP["B"]},
+)
+def encode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
+    boxes, anchors = inputs.random_boxes(B, A).to(device, dtype), inputs.anchors(A, device)
+    coder = BoxCoder(tuple(WEIGHTS))
+    flat_boxes, flat_anchors = boxes.flatten(0, 1), anchors.repeat(B, 1)
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.encode_boxes(boxes, anchors),
+            "torchvision": lambda: coder.encode_single(flat_boxes, flat_anchors).view(B, A, 4),
+            "eager": lambda: eager.encode_boxes(boxes, anchors, WEIGHTS),
+        },
+        reads=(boxes, anchors),
+    )
+
+
+@case(
+    "decode_boxes",
+    shapes=without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
+    quick=without("C", "G", shapes=SSD_QUICK),
+    sweep={"B": SSD_SWEEP["B"]},
+)
+def decode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
+    deltas, anchors = torch.randn(B, A, 4).to(device, dtype), inputs.anchors(A, device)
+    coder = BoxCoder(tuple(WEIGHTS))
+    flat_deltas, flat_anchors = deltas.flatten(0, 1), anchors.repeat(B, 1)
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.decode_boxes(deltas, anchors),
+            "torchvision": lambda: coder.decode_single(flat_deltas, flat_anchors).view(B, A, 4),
+            "eager": lambda: eager.decode_boxes(deltas, anchors, WEIGHTS),
+        },
+        reads=(deltas, anchors),
+    )
+
+
+# --- NMS --------------------------------------------------------------------------------------------------
+
+
+def conch_nms() -> Callable[..., Tensor] | None:
+    """conch-triton-kernels' NMS, where it is installed."""
+    if importlib.util.find_spec("conch") is None:
+        return None
+    from conch.ops.vision.nms import nms
+
+    return nms
+
+
+@case(
+    "nms",
+    shapes=[
+        {"N": 8732, "boxes": "uniform", "dtype": "float32"},
+        *grid(N=(100, 1000, 4000, 10_000, 30_000, 100_000), boxes=inputs.LAYOUTS, dtype=["float32"]),
+    ],
+    quick=[{"N": 8732, "boxes": layout, "dtype": "float32"} for layout in inputs.LAYOUTS],
+    sweep=BOX_SWEEP,
+)
+def nms(device: str, dtype: torch.dtype, N: int, boxes: str) -> Workload:
+    corners, scores = inputs.nms_boxes(boxes, N, device)
+    providers = {
+        "ssdcore": lambda: kernels.nms(corners, scores, 0.5),
+        "torchvision": lambda: torchvision.ops.nms(corners, scores, 0.5),
+        "eager": lambda: eager.nms(corners, scores, None, 0.5),
+    }
+    conch = conch_nms()
+    # Its memory is N^2 bytes, and what it suppresses one box at a time: beyond 10,000 boxes it takes seconds.
+    if conch and device == "cuda" and N <= 10_000:
+        providers["conch"] = lambda: conch(corners, scores, 0.5)
+    return Workload(providers, reads=(corners, scores))
+
+
+@case(
+    "batched_nms",
+    shapes=[
+        {"N": 8732, "K": 80, "dtype": "float32"},
+        *grid(N=[10_000], K=(1, 20, 80, 1200), dtype=["float32"]),
+        {"N": 100_000, "K": 80, "dtype": "float32"},
+    ],
+    quick=[{"N": 8732, "K": 80, "dtype": "float32"}],
+    sweep=BOX_SWEEP,
+)
+def batched_nms(device: str, dtype: torch.dtype, N: int, K: int) -> Workload:
+    boxes, scores = inputs.nms_boxes("clustered", N, device)
+    idxs = torch.randint(K, (N,), device=device)
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.batched_nms(boxes, scores, idxs, 0.5),
+            "torchvision": lambda: torchvision.ops.batched_nms(boxes, scores, idxs, 0.5),
+            "eager": lambda: eager.nms(boxes, scores, idxs, 0.5),
+        },
+        reads=(boxes, scores, idxs),
+    )
+
+
+@case(
+    "batched_nms_padded",
+    shapes=star({"B": 32, "N": 1000, "K": 80, "dtype": "float32"}, B=BATCHES, N=(4000,)),
+    quick=[{"B": 4, "N": 1000, "K": 80, "dtype": "float32"}],
+    sweep={"B": SSD_SWEEP["B"], "N": (100, 300, 1000, 3000)},
+)
+def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int) -> Workload:
+    pairs = [inputs.nms_boxes("clustered", N, device) for _ in range(B)]
+    boxes, scores = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    idxs = torch.randint(K, (B, N), device=device)
+    most = 200
+
+    def by_torchvision() -> list[Tensor]:
+        kept = [torchvision.ops.batched_nms(*image, 0.5)[:most] for image in zip(boxes, scores, idxs, strict=True)]
+        padded = torch.stack([pad(own, (0, most - len(own)), value=-1) for own in kept])
+        return [padded, torch.tensor([len(own) for own in kept], dtype=torch.int32).to(device)]
+
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.batched_nms_padded(boxes, scores, idxs, 0.5, most),
+            "torchvision": by_torchvision,
+            "eager": lambda: eager.batched_nms_padded(boxes, scores, idxs, 0.5, most, None),
+        },
+        reads=(boxes, scores, idxs),
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def match_by_torchvision(truth: inputs.Truth, anchors: Tensor) -> list[Tensor]:
+    """As `SSD.forward` does before `compute_loss`, with its default threshold."""
+    matcher = SSDMatcher(0.5)
+    none = torch.full((len(anchors),), -1, device=anchors.device)
+    images = truth.boxes.split(truth.counts)
+    return [matcher(torchvision.ops.box_iou(boxes, anchors)) if len(boxes) else none for boxes in images]
+
+
+@case(
+    "match_anchors",
+    shapes=without("C", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,), G=(1, 100))),
+    quick=without("C", shapes=SSD_QUICK),
+    sweep={"B": SSD_SWEEP["B"], "A": SSD_SWEEP["A"], "G": (1, 3, 10, 30, 100)},
+)
+def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Workload:
+    truth, anchors = inputs.truth(B, 81, G, device), inputs.anchors(A, device)
+    return Workload(
+        {
+            "ssdcore": lambda: kernels.match_anchors(truth.boxes, truth.offsets, anchors),
+            "torchvision": lambda: torch.stack(match_by_torchvision(truth, anchors)),
+            "eager": lambda: eager.match_anchors(truth.boxes, truth.offsets, anchors, 0.5),
+        },
+        reads=(truth.boxes, anchors),
+    )
+
+
+class _Loss:
+    """Losses and the gradients of the head's outputs, by each provider."""
+
+    def __init__(self, device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> None:
+        self.truth, self.anchors = inputs.truth(B, C, G, device), inputs.anchors(A, device)
+        self.targets = self.truth.targets()
+        self.logits, self.deltas = (x.requires_grad_() for x in inputs.head_outputs(B, A, C, "trained", dtype, device))
+        self.one = torch.ones((), device=device)
+
+    def match_by_ssdcore(self) -> Tensor:
+        return kernels.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors)
+
+    def match_by_eager(self) -> Tensor:
+        return eager.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors, 0.5)
+
+    def ssdcore(self, matched: Tensor) -> list[Tensor]:
+        truth = (self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
+        losses = kernels.multibox_loss(self.logits, self.deltas, matched, *truth)
+        return [*losses, *torch.autograd.grad(losses.classification + losses.bbox_regression, self.leaves)]
+
+    def eager(self, matched: Tensor) -> list[Tensor]:
+        truth = (matched, self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
+        with torch.no_grad():
+            *losses, lse, selected, scale = eager.multibox_loss(
+                self.logits, self.deltas, *truth, WEIGHTS, 3.0, 1.0, 0, "batch"
+            )
+            gradients = eager.multibox_loss_backward(
+                self.one, self.one, self.logits, self.deltas, *truth, lse, selected, scale, WEIGHTS, 1.0
+            )
+        return [*losses, *gradients]
+
+    def torchvision(self, matched: list[Tensor]) -> list[Tensor]:
+        outputs = {"cls_logits": self.logits.float(), "bbox_regression": self.deltas.float()}
+        losses = torchvision_ssd().compute_loss(self.targets, outputs, [self.anchors] * len(matched), matched)
+        found = [losses["classification"], losses["bbox_regression"]]
+        return [*found, *torch.autograd.grad(found[0] + found[1], self.leaves)]
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.logits, self.deltas
+
+    def workload(self, providers: Mapping[str, Callable[[], Any]], *also_read: Tensor) -> Workload:
+        # Of the deltas and anchors only the positives' are needed, about one in a hundred: not counted.
+        return Workload(providers, reads=(self.logits, *also_read), tolerance=NEAR_TIE)
 
 
 @functools.cache
 def torchvision_ssd() -> SSD:
+    """torchvision's detector, whose loss and postprocess depend neither on its weights nor on its classes."""
     return torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2)
 
 
-def random_boxes(*shape: int, device: str, spread: float = 0.3) -> Tensor:
-    """[*shape, 4] xyxy in an image, sides up to `spread` of it."""
-    corner = torch.rand(*shape, 2, device=device) * IMAGE * (1 - spread)
-    return torch.cat((corner, corner + (0.01 + torch.rand(*shape, 2, device=device) * spread) * IMAGE), dim=-1)
-
-
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    """All cases, one after the other, so that only one's inputs are in memory."""
-    batch = 2 if quick else (8 if device == "cpu" else 32)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    anchors = make_anchors(SSD300_COCO).to(device)
-    for num_boxes in (1000, len(anchors)) if quick or device == "cpu" else (1000, 10_000, 30_000):
-        yield _nms(num_boxes, device)
-        yield _batched_nms(num_boxes, device)
-    yield _box_iou(anchors)
-    yield from _codec(batch, anchors)
-    yield _match(batch, anchors)
-    yield _criterion(batch, anchors, dtype)
-    for name, spread in (("trained", 1.0), ("random", 0.05)):
-        yield _postprocess(name, spread, batch, anchors, dtype)
-
-
-def _shape(**sizes: int) -> str:
-    return " ".join(f"{name}={size}" for name, size in sizes.items())
-
-
-def _nms(num_boxes: int, device: str) -> Case:
-    boxes, scores = random_boxes(num_boxes, device=device), torch.rand(num_boxes, device=device)
-    return Case(
-        "nms",
-        _shape(N=num_boxes),
-        "float32",
+@case("multibox_loss", shapes=SSD_STAR, quick=SSD_QUICK, sweep=SSD_SWEEP)
+def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> Workload:
+    """Forward and backward."""
+    loss = _Loss(device, dtype, B, A, C, G)
+    matched = loss.match_by_eager()
+    images = list(matched)
+    return loss.workload(
         {
-            "ssdcore": lambda: kernels.nms(boxes, scores, 0.5),
-            "eager": lambda: eager.nms(boxes, scores, None, 0.5),
-            "torchvision": lambda: torchvision.ops.nms(boxes, scores, 0.5),
+            "ssdcore": lambda: loss.ssdcore(matched),
+            "torchvision": lambda: loss.torchvision(images),
+            "eager": lambda: loss.eager(matched),
         },
+        matched,
     )
 
 
-def _batched_nms(num_boxes: int, device: str) -> Case:
-    boxes, scores = random_boxes(num_boxes, device=device), torch.rand(num_boxes, device=device)
-    idxs = torch.randint(0, 80, (num_boxes,), device=device)
-    return Case(
-        "batched_nms",
-        _shape(N=num_boxes, classes=80),
-        "float32",
+@case("criterion", shapes=SSD_STAR, quick=SSD_QUICK, sweep={**SSD_SWEEP, "G": (1, 3, 10, 30, 100)})
+def criterion(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> Workload:
+    """Matching and the loss, forward and backward."""
+    loss = _Loss(device, dtype, B, A, C, G)
+    return loss.workload(
         {
-            "ssdcore": lambda: kernels.batched_nms(boxes, scores, idxs, 0.5),
-            "eager": lambda: eager.nms(boxes, scores, idxs, 0.5),
-            "torchvision": lambda: torchvision.ops.batched_nms(boxes, scores, idxs, 0.5),
-        },
+            "ssdcore": lambda: loss.ssdcore(loss.match_by_ssdcore()),
+            "torchvision": lambda: loss.torchvision(match_by_torchvision(loss.truth, loss.anchors)),
+            "eager": lambda: loss.eager(loss.match_by_eager()),
+        }
     )
 
 
-def _box_iou(anchors: Tensor) -> Case:
-    boxes = random_boxes(100, device=str(anchors.device))
-    return Case(
-        "box_iou",
-        _shape(N=len(boxes), M=len(anchors)),
-        "float32",
-        {
-            "ssdcore": lambda: kernels.box_iou(boxes, anchors),
-            "eager": lambda: eager.box_iou(boxes, anchors),
-            "torchvision": lambda: torchvision.ops.box_iou(boxes, anchors),
-        },
-    )
+# --- detection --------------------------------------------------------------------------------------------
 
 
-def _codec(batch: int, anchors: Tensor) -> Iterator[Case]:
-    boxes = random_boxes(batch, len(anchors), device=str(anchors.device))
-    flat_boxes, flat_anchors = boxes.flatten(0, 1), anchors.repeat(batch, 1)
-    deltas = eager.encode_boxes(boxes, anchors, WEIGHTS)
-    flat_deltas = deltas.flatten(0, 1)
-    coder = BoxCoder(tuple(WEIGHTS))
-    yield Case(
-        "encode_boxes",
-        _shape(B=batch, A=len(anchors)),
-        "float32",
-        {
-            "ssdcore": lambda: kernels.encode_boxes(boxes, anchors),
-            "eager": lambda: eager.encode_boxes(boxes, anchors, WEIGHTS),
-            "torchvision": lambda: coder.encode_single(flat_boxes, flat_anchors).view_as(boxes),
-        },
-    )
-    yield Case(
-        "decode_boxes",
-        _shape(B=batch, A=len(anchors)),
-        "float32",
-        {
-            "ssdcore": lambda: kernels.decode_boxes(deltas, anchors),
-            "eager": lambda: eager.decode_boxes(deltas, anchors, WEIGHTS),
-            "torchvision": lambda: coder.decode_single(flat_deltas, flat_anchors).view_as(deltas),
-        },
-    )
-
-
-def _truth(batch: int, device: str) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """Ground truths as on COCO: seven an image in the mean, none on some."""
-    counts = [0, 3, 7, 11, 14] * batch
-    counts = counts[:batch]
-    offsets = torch.tensor([0, *counts], device=device).cumsum(0)
-    labels = torch.randint(1, NUM_CLASSES, (sum(counts),), device=device)
-    return counts, random_boxes(sum(counts), device=device), labels, offsets
-
-
-def _torchvision_match(boxes: list[Tensor], anchors: Tensor) -> list[Tensor]:
-    matcher = SSDMatcher(0.5)
-    none = torch.full((len(anchors),), -1, device=anchors.device)
-    return [matcher(torchvision.ops.box_iou(own, anchors)) if len(own) else none for own in boxes]
-
-
-def _match(batch: int, anchors: Tensor) -> Case:
-    counts, gt_boxes, _, gt_offsets = _truth(batch, str(anchors.device))
-    images = list(gt_boxes.split(counts))
-    return Case(
-        "match_anchors",
-        _shape(B=batch, A=len(anchors), T=len(gt_boxes)),
-        "float32",
-        {
-            "ssdcore": lambda: kernels.match_anchors(gt_boxes, gt_offsets, anchors),
-            "eager": lambda: eager.match_anchors(gt_boxes, gt_offsets, anchors, 0.5),
-            "torchvision": lambda: torch.stack(_torchvision_match(images, anchors)),
-        },
-    )
-
-
-def _criterion(batch: int, anchors: Tensor, dtype: torch.dtype) -> Case:
-    """Match, loss, and the gradients of the head's outputs."""
-    device = str(anchors.device)
-    counts, gt_boxes, gt_labels, gt_offsets = _truth(batch, device)
-    targets = [
-        {"boxes": boxes, "labels": labels}
-        for boxes, labels in zip(gt_boxes.split(counts), gt_labels.split(counts), strict=True)
-    ]
-    images = [target["boxes"] for target in targets]
-    logits = torch.randn(batch, len(anchors), NUM_CLASSES, device=device, dtype=dtype).requires_grad_()
-    deltas = torch.randn(batch, len(anchors), 4, device=device, dtype=dtype).requires_grad_()
-
-    def gradients(losses: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return [*losses, *torch.autograd.grad(losses[0] + losses[1], (logits, deltas))]
-
-    def ssdcore() -> list[Tensor]:
-        matched = kernels.match_anchors(gt_boxes, gt_offsets, anchors)
-        return gradients(kernels.multibox_loss(logits, deltas, matched, gt_boxes, gt_labels, gt_offsets, anchors))
-
-    def eagerly() -> list[Tensor]:
-        matched = eager.match_anchors(gt_boxes, gt_offsets, anchors, 0.5)
-        truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
-        with torch.no_grad():
-            *losses, lse, selected, scale = eager.multibox_loss(logits, deltas, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
-            one = torch.ones((), device=device)
-            grads = eager.multibox_loss_backward(one, one, logits, deltas, *truth, lse, selected, scale, WEIGHTS, 1.0)
-        return [*losses, *grads]
+@case(
+    "postprocess",
+    shapes=without("G", shapes=star(ssd(outputs="trained"), B=BATCHES, A=(24_564,), C=(21, 91), dtype=("float32",)))
+    + without("G", shapes=star(ssd(outputs="random"), B=BATCHES, dtype=("float32",))),
+    quick=without("G", shapes=[ssd(B=4, outputs="trained"), ssd(B=4, outputs="random")]),
+    sweep=SSD_SWEEP,
+)
+def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, outputs: str) -> Workload:
+    """From the head's outputs to detections: trained, with few candidates, or at random initialisation."""
+    anchors = inputs.anchors(A, device)
+    logits, deltas = inputs.head_outputs(B, A, C, outputs, dtype, device)
+    image_sizes = torch.full((B, 2), IMAGE, device=device)
+    model = torchvision_ssd()
 
     def by_torchvision() -> list[Tensor]:
-        outputs = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
-        matched = _torchvision_match(images, anchors)
-        losses = torchvision_ssd().compute_loss(targets, outputs, [anchors] * batch, matched)
-        return gradients((losses["classification"], losses["bbox_regression"]))
+        raw = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
+        found = model.postprocess_detections(raw, [anchors] * B, [(IMAGE, IMAGE)] * B)
+        # Padded as ours are, so that they can be compared: copies of 200 rows.
+        return [padded(found, name, fill) for name, fill in (("boxes", 0), ("scores", 0), ("labels", -1))]
 
-    return Case(
-        "criterion (forward + backward)",
-        _shape(B=batch, A=len(anchors), C=NUM_CLASSES, T=len(gt_boxes)),
-        str(dtype).removeprefix("torch."),
-        {"ssdcore": ssdcore, "eager": eagerly, "torchvision": by_torchvision},
-    )
-
-
-def _postprocess(name: str, spread: float, batch: int, anchors: Tensor, dtype: torch.dtype) -> Case:
-    """As after training (few classes of few anchors pass), and at random initialisation (everything does)."""
-    device = str(anchors.device)
-    logits = torch.randn(batch, len(anchors), NUM_CLASSES, device=device) * spread
-    if name == "trained":
-        logits[..., 0] += 8  # background nearly everywhere: some 50 anchors of each class pass
-        logits[:, :: len(anchors) // 50, 1:] += 6
-    deltas = torch.randn(batch, len(anchors), 4, device=device).to(dtype)
-    logits = logits.to(dtype)
-    image_sizes = torch.full((batch, 2), IMAGE, device=device)
-    settings = (WEIGHTS, 0.01, 0.45, 400, 200)
-
-    def by_torchvision() -> list[Tensor]:
-        outputs = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
-        shapes = [(IMAGE, IMAGE)] * batch
-        found = torchvision_ssd().postprocess_detections(outputs, [anchors] * batch, shapes)
-        # As ours, padded, so that the two can be compared: a copy of 200 rows.
-        return [torch.stack([torch.nn.functional.pad(d["scores"], (0, 200 - len(d["scores"]))) for d in found])]
-
-    return Case(
-        f"postprocess ({name})",
-        _shape(B=batch, A=len(anchors), C=NUM_CLASSES),
-        str(dtype).removeprefix("torch."),
+    return Workload(
         {
-            "ssdcore": lambda: [kernels.postprocess_detections(logits, deltas, anchors, image_sizes).scores],
-            "eager": lambda: [eager.postprocess_detections(logits, deltas, anchors, image_sizes, *settings)[1]],
+            "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes)[:3],
             "torchvision": by_torchvision,
+            "eager": lambda: eager.postprocess_detections(
+                logits, deltas, anchors, image_sizes, WEIGHTS, 0.01, 0.45, 400, 200
+            )[:3],
         },
+        reads=(logits, deltas),
+        tolerance=NEAR_TIE,
     )
+
+
+def padded(found: Sequence[Mapping[str, Tensor]], name: str, fill: float) -> Tensor:
+    """[B, 200, ...] of what each image's dict holds under `name`."""
+    rows = [detections[name] for detections in found]
+    tail = [0, 0] * (rows[0].dim() - 1)
+    return torch.stack([pad(own, (*tail, 0, 200 - len(own)), value=fill) for own in rows])

@@ -2,8 +2,9 @@
 
 The launchers run on CPU tensors with launching replaced by recording, so what is compiled is what they launch: the
 same kernels, block sizes, warps, dtypes and specialisations. The smallest problems, which Triton specialises otherwise,
-are compiled too. Prints registers and spills a thread, as `cuobjdump` counts them, and shared memory a program. Exits
-with 1 if a kernel spills.
+are compiled too. Prints, from the machine code, registers and spilled bytes a thread, shared memory a program, and
+instructions: all of them, the loads and stores of global memory, how many of these are 16 bytes wide, and the barriers.
+So a change to a kernel shows without a GPU. Exits with 1 if a kernel spills.
 """
 
 import argparse
@@ -23,7 +24,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
+from record import text_table
 from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -37,7 +40,8 @@ from ssdcore.kernels import (
     triton_postprocess,
 )
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100 and H200, B200, MI300
+COLUMNS = ("registers", "spilled", "shared", "instructions", "loads", "stores", "wide", "barriers")
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -66,8 +70,11 @@ def recorded() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, An
 
 
 def production(dtype: torch.dtype) -> None:
-    """Call every launcher at the shapes of SSD300 on COCO."""
-    launch_all(dtype, batch=2, num_anchors=8732, num_classes=81, topk=400, max_detections=200, min_negatives=0)
+    """Call every launcher at the shapes of SSD300: COCO's classes, torchvision's for it, and VOC's."""
+    for num_classes in (81, 91, 21):
+        launch_all(
+            dtype, batch=2, num_anchors=8732, num_classes=num_classes, topk=400, max_detections=200, min_negatives=0
+        )
 
 
 def smallest(dtype: torch.dtype) -> None:
@@ -135,21 +142,61 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
     return source, {name: value for name, value in options.items() if name not in kernel.arg_names}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes a thread, from `cuobjdump`."""
+def target_of(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def nvidia_resources(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump` says of the machine code."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w[\w.]*)", code, re.MULTILINE)
+    return {
+        "registers": int(found["REG"]),
+        "spilled": int(found["STACK"]) + int(found["LOCAL"]),
+        **instruction_counts(lines, load=r"LDG\b", store=r"STG\b", wide=r"(LDG|STG)\..*\b128\b", barrier=r"BAR\b"),
+    }
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """What the assembly says of itself; scalar registers spill into vector ones, which costs no memory."""
+    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    lines = re.findall(r"^\s+([sv]_\w+|(?:global|buffer|ds|flat)_\w+)", assembly, re.MULTILINE)
+    memory = "(global|buffer|flat)"
+    return {
+        "registers": int(found["vgpr_count"]),
+        "spilled": int(found["private_segment_fixed_size"]),
+        **instruction_counts(
+            lines,
+            load=rf"{memory}_load",
+            store=rf"{memory}_store",
+            wide=rf"{memory}_(load|store)_dwordx4",
+            barrier="s_barrier",
+        ),
+    }
+
+
+def instruction_counts(lines: list[str], **patterns: str) -> dict[str, int]:
+    """All instructions, and those whose mnemonic begins with each pattern."""
+    counts = {
+        f"{name}s".replace("wides", "wide"): sum(bool(re.match(p, x)) for x in lines) for name, p in patterns.items()
+    }
+    return {"instructions": len(lines), **counts}
 
 
 def compile_all(architecture: str, calls: Callable[[], None]) -> Iterator[dict[str, Any]]:
     with recorded() as launches:
         calls()
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    target = target_of(architecture)
     seen = set()
     for kernel, args, options in launches:
         source, options = describe(kernel, args, options)
@@ -163,33 +210,42 @@ def compile_all(architecture: str, calls: Callable[[], None]) -> Iterator[dict[s
             "arch": architecture,
             "dtypes": " ".join(sorted(dtypes)),
             "warps": options["num_warps"],
-            **resources(compiled.asm["cubin"]),
             "shared": compiled.metadata.shared,
+            **(
+                nvidia_resources(compiled.asm["cubin"])
+                if target.backend == "cuda"
+                else amd_resources(compiled.asm["amdgcn"])
+            ),
         }
+
+
+def report(architecture: str) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for calls in (production, smallest):
+            for row in compile_all(architecture, lambda dtype=dtype, calls=calls: calls(dtype)):
+                rows.append({"problem": calls.__name__, **row})
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as sm_80 sm_90 sm_100")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help=f"default: {' '.join(ARCHITECTURES)}")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead")
     arguments = parser.parse_args()
-
-    rows = []
-    print(f"{'kernel':32}{'arch':8}{'warps':>6}{'registers':>10}{'spilled':>8}{'shared':>8}  dtypes")
     for architecture in arguments.arch:
-        for dtype in (torch.float32, torch.bfloat16):
-            list(compile_all(architecture, lambda dtype=dtype: smallest(dtype)))  # that they compile is enough
-            for row in compile_all(architecture, lambda dtype=dtype: production(dtype)):
-                rows.append(row)
-                print(
-                    f"{row['kernel']:32}{row['arch']:8}{row['warps']:6}{row['registers']:10}{row['spilled']:8}"
-                    f"{row['shared']:8}  {row['dtypes']}",
-                    flush=True,
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if not re.fullmatch(r"sm_\d+|gfx\w+", architecture):
+            parser.error(f"--arch takes names such as sm_90 or gfx942, got {architecture}")
+
+    rows = [row for architecture in tqdm(arguments.arch, unit="arch", disable=None) for row in report(architecture)]
     spilling = sorted({row["kernel"] for row in rows if row["spilled"]})
-    print(f"{len(rows)} kernels compiled; spilling: {', '.join(spilling) or 'none'}")
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        shown = [row for row in rows if row["problem"] == "production"]
+        head = ("kernel", "arch", "dtypes", "warps", *COLUMNS)
+        print(text_table(head, [[str(row[name]) for name in head] for row in shown]))
+        print(f"{len(rows)} kernels compiled; spilling: {', '.join(spilling) or 'none'}")
     return 1 if spilling else 0
 
 

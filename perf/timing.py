@@ -1,16 +1,35 @@
-"""How long a call takes: medians over many runs, on the device's own clock, with nothing left in its cache."""
+"""What a call costs: its time, the memory, launches and waits it takes, and the bandwidth that bounds it.
 
+On a GPU a time is taken twice. `measure` starts with an idle GPU and an empty cache and ends with the last kernel, so
+it includes what the CPU needs to launch them; `measure_replay` times a CUDA graph of the same call, which is the
+kernels alone. On a CPU times are wall-clock, with as many threads as PyTorch has, and nothing is flushed.
+"""
+
+import gc
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-CACHE_BYTES = 256 * 2**20  # more than the L2 of any GPU so far (H200: 60 MB), overwritten before each run
-WARM_UP_S, MEASURE_S = 0.1, 0.5  # a case, so that a run of all of them takes minutes
+Call = Callable[[], Any]
+Staged = Callable[[], Generator[str, None, Any]]  # yields the name of each stage as it begins
+
+CACHE_BYTES = 256 * 2**20  # overwritten before each run: more than the L2 of any GPU so far (H200: 60 MB)
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # beyond any cache
+WARM_UP_S, MEASURE_S = 0.1, 0.3  # a provider, so that a run of all cases takes minutes
 FEWEST, MOST = 5, 200  # runs
+SLOW_S = 2.0  # a call that takes longer is timed once: its noise is small beside it
 
 
 @dataclass(frozen=True)
@@ -23,41 +42,211 @@ class Times:
     runs: int
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What one call takes; None where this device, or its profiler, does not tell."""
+
+    peak_bytes: int | None  # the most that was allocated at once, its result included, its inputs not
+    launches: int | None  # kernels, fills and copies on the GPU
+    syncs: int | None  # times that the CPU waited for the GPU
+
+
 def summarise(milliseconds: list[float]) -> Times:
-    deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    deciles = statistics.quantiles(milliseconds, n=10, method="inclusive") if len(milliseconds) > 1 else milliseconds
     return Times(statistics.median(milliseconds), deciles[0], deciles[-1], len(milliseconds))
 
 
-def measure(call: Callable[[], Any], device: str) -> Times:
-    """Time `call` on `device` ("cpu" or "cuda"), launch overhead included."""
+def runs_for(seconds: float) -> int:
+    """How often to time a call that takes `seconds`."""
+    return 1 if seconds > SLOW_S else min(MOST, max(FEWEST, int(MEASURE_S / seconds)))
+
+
+def in_turn(runs: Mapping[str, int]) -> Iterator[str]:
+    """Each name as often as `runs` says, spread evenly over the whole, so that a disturbance meets all alike."""
+    rounds = max(runs.values(), default=0)
+    for done in range(rounds):
+        for name, wanted in runs.items():
+            if (done + 1) * wanted // rounds > done * wanted // rounds:
+                yield name
+
+
+def measure(calls: Mapping[str, Call], device: str) -> dict[str, Times]:
+    """Time `calls` in turn on `device` ("cpu" or "cuda"); each has run before."""
+    time_once = _once_on_gpu() if device == "cuda" else _once_on_cpu
+    runs = {name: runs_for(_warm_up(call)) for name, call in calls.items()}
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    with _no_garbage_collection():
+        for name in in_turn(runs):
+            milliseconds[name].append(time_once(calls[name]))
+    return {name: summarise(measured) for name, measured in milliseconds.items()}
+
+
+def measure_replay(call: Call) -> Times | None:
+    """Time a CUDA graph of `call`, which must not wait for the GPU; None if it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as capture wants it: lazy initialisation behind it, on another stream
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return None
+    runs = runs_for(_warm_up(graph.replay))
+    time_once = _once_on_gpu(wait=False)
+    return summarise([time_once(graph.replay) for _ in range(runs)])
+
+
+def measure_stages(step: Staged, device: str) -> tuple[Times, dict[str, float]]:
+    """Time consecutive steps, and the share of each stage in them.
+
+    On a GPU the stages are told apart on its own clock, without a wait between them: a stage that the CPU spends
+    while the GPU is still busy costs nothing.
+    """
+    clock = _GpuClock() if device == "cuda" else _CpuClock()
+
+    def run() -> list[tuple[str, Any]]:
+        return [*((name, clock.now()) for name in step()), ("end", clock.now())]
+
+    runs = runs_for(_warm_up(run))
+    with _no_garbage_collection():
+        steps = [run() for _ in range(runs)]
+        clock.wait()
+    spent: dict[str, float] = {}
+    for (name, start), (_, end) in (pair for marks in steps for pair in pairwise(marks)):
+        spent[name] = spent.get(name, 0.0) + clock.milliseconds(start, end)
+    whole = summarise([clock.milliseconds(marks[0][1], marks[-1][1]) for marks in steps])
+    return whole, {name: part / sum(spent.values()) for name, part in spent.items()}
+
+
+def finish(step: Generator[str, None, Any]) -> Any:
+    """Run a staged call to its end: its result."""
+    while True:
+        try:
+            next(step)
+        except StopIteration as end:
+            return end.value
+
+
+def count(call: Call, device: str) -> Counts:
+    if device == "cpu":
+        return Counts(_peak_on_cpu(call), None, None)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    peak = torch.cuda.max_memory_allocated() - before
+    syncs = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    launches = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+    return Counts(peak, launches or None, syncs)  # none at all: the profiler may not look at this GPU
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a copy of a large tensor reads and writes, both counted."""
+    size = COPY_BYTES[device]
+    if device == "cuda":
+        size = min(size, torch.cuda.mem_get_info()[0] // 8)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = {"copy": lambda: target.copy_(source)}
+    copy["copy"]()
+    return 2 * size / (measure(copy, device)["copy"].median / 1e3)
+
+
+def _warm_up(call: Call) -> float:
+    """Seconds a call, at least one and for at least `WARM_UP_S`."""
     start = time.perf_counter()
     calls = 0
-    while calls < 2 or time.perf_counter() - start < WARM_UP_S:
+    while calls < 1 or time.perf_counter() - start < WARM_UP_S:
         call()
+        if torch.cuda.is_initialized():  # else work would pile up on the GPU
+            torch.cuda.synchronize()
         calls += 1
-    if device == "cuda":
-        torch.cuda.synchronize()
-    estimate = (time.perf_counter() - start) / calls
-    runs = min(MOST, max(FEWEST, int(MEASURE_S / estimate)))
-    return summarise(_on_gpu(call, runs) if device == "cuda" else _on_cpu(call, runs))
+    return (time.perf_counter() - start) / calls
 
 
-def _on_cpu(call: Callable[[], Any], runs: int) -> list[float]:
-    milliseconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        milliseconds.append((time.perf_counter() - start) * 1e3)
-    return milliseconds
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As `timeit`: a collection is nobody's fault, and would meet one provider by chance."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-def _on_gpu(call: Callable[[], Any], runs: int) -> list[float]:
+def _once_on_cpu(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _once_on_gpu(*, wait: bool = True) -> Callable[[Call], float]:
+    """Times one call with the cache overwritten before; with `wait` on an idle GPU, so that launching counts."""
     cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-    for start, end in events:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def once(call: Call) -> float:
         cache.zero_()
+        if wait:
+            torch.cuda.synchronize()
         start.record()
         call()
         end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return once
+
+
+def _peak_on_cpu(call: Call) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    peak = total = 0
+    for _, change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+class _CpuClock:
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return (end - start) * 1e3
+
+
+class _GpuClock:
+    def now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return start.elapsed_time(end)

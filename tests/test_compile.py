@@ -6,35 +6,43 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DEFINED = {
+    name
+    for file in (ROOT / "kernels").glob("triton_*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    output = tmp_path_factory.mktemp("compile") / "rows.json"
+def rows() -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "perf/compile_report.py"), "--json", str(output)]
+    command = [sys.executable, str(ROOT / "perf/compile_report.py"), "--json"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert output.exists(), result.stderr
-    loaded: list[dict[str, object]] = json.loads(output.read_text())
+    assert result.stdout, result.stderr
+    loaded: list[dict[str, Any]] = json.loads(result.stdout)
     return loaded
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_no_kernel_spills(rows: list[dict[str, object]], architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_and_none_spills(rows: list[dict[str, Any]], architecture: str) -> None:
     compiled = [row for row in rows if row["arch"] == architecture]
-    assert len(compiled) > 20
+    assert {row["kernel"] for row in compiled if row["problem"] == "production"} == DEFINED
     assert [row for row in compiled if row["spilled"]] == []
 
 
-def test_every_kernel_is_compiled(rows: list[dict[str, object]]) -> None:
-    defined = set()
-    for file in (ROOT / "kernels").glob("triton_*.py"):
-        defined |= set(re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE))
-    assert {row["kernel"] for row in rows} == defined
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_instructions_are_read_off_the_machine_code(rows: list[dict[str, Any]], architecture: str) -> None:
+    # A tool whose output has changed would count none. Every kernel loads and stores; a reduction needs a barrier.
+    for row in rows:
+        if row["arch"] == architecture:
+            assert row["instructions"] > row["loads"] + row["stores"] + row["barriers"]
+            assert row["loads"] > 0 and row["stores"] > 0 and row["registers"] > 8
+    assert all(row["barriers"] for row in rows if row["kernel"] == "_reduce_kernel" and row["problem"] == "production")
 
 
 def test_every_launch_keeps_ieee_order() -> None:

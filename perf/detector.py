@@ -1,0 +1,266 @@
+"""The whole detector: a training step from images on disk, and inference from images in memory to detections there.
+
+Both clocks start with the data on the host. Published figures of SSD300 often start when the batch has reached the GPU
+and stop before decoding and NMS; these do neither. torchvision's model has the same weights and gets the same batches.
+"""
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torchvision
+from cases import BATCHES, NEAR_TIE, Shape, Workload, case, grid, padded
+from environment import cores
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision.models.detection.ssd import SSD as TorchvisionSSD
+
+from ssdcore.data import DetectionDataset, open_dataset
+from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
+from ssdcore.synthetic import make_synthetic
+from ssdcore.transforms import collate, train_transform
+
+NUM_CLASSES = 81
+SIZE = 300  # pixels
+IMAGES_ON_DISK = 256
+CANDIDATES = 50  # anchors of each class that pass the score threshold
+LR = 1e-5  # steps of full size that do not blow up: what is timed is not to learn
+MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+Step = Generator[str, None, Any]
+
+SHAPES = grid(
+    model=["ssd300_vgg16", "ssd300_tiny"],
+    B=[32, *(B for B in BATCHES if B != 32)],
+    layout=["channels_last", "NCHW"],
+    dtype=["bfloat16", "float32"],
+)
+
+
+def quick(**batches: int) -> list[Shape]:
+    return [{"model": model, "B": B, "layout": "channels_last", "dtype": "bfloat16"} for model, B in batches.items()]
+
+
+@case("training step", shapes=SHAPES, quick=quick(ssd300_tiny=8, ssd300_vgg16=2))
+def training_step(device: str, dtype: torch.dtype, model: str, B: int, layout: str) -> Workload:
+    """Data, forward, criterion (match and loss, there and back), backward, optimiser: everything from disk on."""
+    ours, theirs = _models(model, device, layout)
+    providers: dict[str, Callable[[], Step]] = {
+        "ssdcore": _train_ours(ours.train(), _batches(B, device), _autocast(device, dtype), layout)
+    }
+    if theirs:
+        providers["torchvision"] = _train_torchvision(
+            theirs.train(), _batches(B, device), _autocast(device, dtype), layout
+        )
+    return Workload(providers, reference="torchvision" if theirs else "ssdcore", tolerance=NEAR_TIE, staged=True)
+
+
+@case("inference", shapes=SHAPES, quick=quick(ssd300_tiny=8, ssd300_vgg16=4))
+def inference(device: str, dtype: torch.dtype, model: str, B: int, layout: str) -> Workload:
+    """From images on the host to detections on the host: copy, network, postprocess with decoding and NMS, copy."""
+    ours, theirs = _models(model, device, layout)
+    images = torch.rand(B, 3, SIZE, SIZE)
+    if device == "cuda":
+        images = images.pin_memory()
+    providers: dict[str, Callable[[], Step]] = {
+        "ssdcore": _detect_ours(ours.eval(), images, _autocast(device, dtype), layout)
+    }
+    if theirs:
+        providers["torchvision"] = _detect_torchvision(theirs.eval(), images, _autocast(device, dtype), layout)
+    return Workload(providers, reference="torchvision" if theirs else "ssdcore", tolerance=NEAR_TIE, staged=True)
+
+
+def _models(name: str, device: str, layout: str) -> tuple[SSD, TorchvisionSSD | None]:
+    """A randomly initialised model, and torchvision's of the same weights where it has one."""
+    torch.backends.cudnn.benchmark = True  # every batch has one shape
+    ours = MODELS[name](NUM_CLASSES, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    _like_trained(ours)
+    theirs = None
+    if name == "ssd300_vgg16":
+        theirs = torchvision.models.detection.ssd300_vgg16(
+            weights=None,
+            weights_backbone=None,
+            num_classes=NUM_CLASSES,
+            image_mean=list(IMAGENET_MEAN),
+            image_std=list(IMAGENET_STD),
+        )
+        theirs.load_state_dict(ours.state_dict())
+        theirs = theirs.to(device, memory_format=MEMORY_FORMATS[layout])
+    return ours.to(device, memory_format=MEMORY_FORMATS[layout]), theirs
+
+
+def _like_trained(model: SSD) -> None:
+    """Raise the background's biases until about `CANDIDATES` anchors of each class pass: as after training."""
+    with torch.no_grad():
+        maps, _ = model.eval().predict(model.resize(torch.rand(1, 3, SIZE, SIZE)))
+        logits = torch.cat([x.unflatten(1, (-1, NUM_CLASSES)).movedim(2, -1).flatten(0, -2) for x in maps])  # [A, C]
+        lead = (logits[:, 1:] - logits[:, :1]).flatten()
+        # A score is about exp(lead - raised): the background is most of the sum.
+        passing = lead.topk(CANDIDATES * (NUM_CLASSES - 1)).values[-1]
+        raised = passing - math.log(model.score_threshold)
+        for conv in model.head.classification_head.module_list:
+            conv.bias.view(-1, NUM_CLASSES)[:, 0] += raised
+
+
+def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+@functools.cache
+def _dataset() -> DetectionDataset:
+    folder = tempfile.TemporaryDirectory(prefix="ssdcore-perf-")
+    root = make_synthetic(f"{folder.name}/shapes", train=IMAGES_ON_DISK, val=0, progress=False)
+    dataset = open_dataset(root, "train")
+    dataset.transform = train_transform(SIZE)
+    dataset.folder = folder  # lives as long as it does
+    return dataset
+
+
+def _batches(B: int, device: str) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+    """Batches without end, the same ones for every provider."""
+    dataset = _dataset()
+    torch.manual_seed(0)  # of the augmentation, where no worker does it
+    torch.multiprocessing.set_sharing_strategy("file_system")  # a batch of 128 exhausts the usual 1024 descriptors
+
+    loader = DataLoader(
+        dataset,
+        B,
+        sampler=RandomSampler(dataset, replacement=True, num_samples=10**9, generator=_seeded()),
+        num_workers=max(0, cores() - 2),  # one for this process, one for the loader's thread
+        collate_fn=collate,
+        pin_memory=device == "cuda",
+        generator=_seeded(),
+    )
+    yield from loader
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+
+
+def _train_ours(
+    model: SSD, batches: Iterator[Any], autocast: AbstractContextManager[Any], layout: str
+) -> Callable[[], Step]:
+    device = model.anchors.device
+    optimizer = _sgd(model)
+
+    def step() -> Step:
+        yield "data"
+        images, targets = next(batches)
+        images = images.to(device, non_blocking=True, memory_format=MEMORY_FORMATS[layout])
+        yield "forward"
+        with autocast:
+            maps = [x for outputs in model.predict(model.resize(images)) for x in outputs]
+        yield "criterion"
+        leaves = [x.detach().requires_grad_() for x in maps]
+        half = len(leaves) // 2
+        sizes = torch.full((len(images), 4), float(SIZE))
+        losses = list(model.loss(leaves[:half], leaves[half:], targets, sizes).values())
+        gradients = torch.autograd.grad(sum(losses), leaves)
+        yield "backward"
+        optimizer.zero_grad()
+        torch.autograd.backward(maps, gradients)
+        yield "optimiser"
+        optimizer.step()
+        return [loss.detach() for loss in losses]
+
+    return step
+
+
+def _train_torchvision(
+    model: TorchvisionSSD, batches: Iterator[Any], autocast: AbstractContextManager[Any], layout: str
+) -> Callable[[], Step]:
+    """What its `forward` does, opened up to tell the stages apart."""
+    device = next(model.parameters()).device
+    optimizer = _sgd(model)
+
+    def step() -> Step:
+        yield "data"
+        images, targets = next(batches)
+        images = images.to(device, non_blocking=True)
+        names = ("boxes", "labels")
+        targets = [{name: target[name].to(device, non_blocking=True) for name in names} for target in targets]
+        yield "forward"
+        batch, targets = model.transform(list(images), targets)
+        with autocast:
+            features = list(model.backbone(batch.tensors.contiguous(memory_format=MEMORY_FORMATS[layout])).values())
+            outputs = model.head(features)
+        yield "criterion"
+        leaves = {name: x.detach().requires_grad_() for name, x in outputs.items()}
+        anchors = model.anchor_generator(batch, features)
+        matched = [
+            model.proposal_matcher(torchvision.ops.box_iou(target["boxes"], own))
+            if len(target["boxes"])
+            else torch.full((len(own),), -1, device=device)
+            for target, own in zip(targets, anchors, strict=True)
+        ]
+        found = model.compute_loss(targets, {name: x.float() for name, x in leaves.items()}, anchors, matched)
+        losses = [found["classification"], found["bbox_regression"]]
+        gradients = torch.autograd.grad(sum(losses), list(leaves.values()))
+        yield "backward"
+        optimizer.zero_grad()
+        torch.autograd.backward(list(outputs.values()), gradients)
+        yield "optimiser"
+        optimizer.step()
+        return [loss.detach() for loss in losses]
+
+    return step
+
+
+def _detect_ours(model: SSD, images: Tensor, autocast: AbstractContextManager[Any], layout: str) -> Callable[[], Step]:
+    device = model.anchors.device
+    sizes = torch.full((len(images), 4), float(SIZE))
+
+    @torch.inference_mode()
+    def step() -> Step:
+        yield "copy in"
+        batch = images.to(device, non_blocking=True, memory_format=MEMORY_FORMATS[layout])
+        yield "network"
+        with autocast:
+            maps = model.predict(model.resize(batch))
+        yield "postprocess"
+        found = model.detections(*maps, sizes)
+        yield "copy out"
+        return _on_host(found)
+
+    return step
+
+
+def _detect_torchvision(
+    model: TorchvisionSSD, images: Tensor, autocast: AbstractContextManager[Any], layout: str
+) -> Callable[[], Step]:
+    """What its `forward` does, opened up to tell the stages apart."""
+    device = next(model.parameters()).device
+    sizes = [(SIZE, SIZE)] * len(images)
+
+    @torch.inference_mode()
+    def step() -> Step:
+        yield "copy in"
+        own = list(images.to(device, non_blocking=True))
+        yield "network"
+        batch, _ = model.transform(own)
+        with autocast:
+            features = list(model.backbone(batch.tensors.contiguous(memory_format=MEMORY_FORMATS[layout])).values())
+            outputs = model.head(features)
+        yield "postprocess"
+        anchors = model.anchor_generator(batch, features)
+        outputs = {name: x.float() for name, x in outputs.items()}
+        found = model.postprocess_detections(outputs, anchors, batch.image_sizes)
+        found = model.transform.postprocess(found, batch.image_sizes, sizes)
+        yield "copy out"
+        return _on_host(found)
+
+    return step
+
+
+def _on_host(found: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Scores and boxes, each [B, 200, ...]."""
+    found = [{name: x.cpu() for name, x in detections.items()} for detections in found]
+    return [padded(found, "scores", 0), padded(found, "boxes", 0)]
