@@ -30,7 +30,7 @@ DESCRIPTION = re.compile(r"<dc:description>\s*(\S+)\s*</dc:description>")
 
 def charts(run: Results, keys: Sequence[record.Key]) -> dict[str, bytes]:
     """SVG pictures of the problems `keys`, by name; each carries `digest` of what it shows."""
-    return {"speedup": _speedup(run, keys), "floor": _floor(run, keys)}
+    return {name: draw(run, keys) for name, draw in CHARTS.items()}
 
 
 def digest(run: Results, keys: Sequence[record.Key]) -> str:
@@ -154,6 +154,9 @@ def _svg(figure: Figure, description: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": description})
     return buffer.getvalue()
+
+
+CHARTS = {"speedup": _speedup, "floor": _floor}
 
 
 def main() -> None:

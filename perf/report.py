@@ -35,7 +35,7 @@ def section(runs: dict[str, Results]) -> str:
         parts.append(f"**{record.device_text(run.facts)}**")
         parts.append(_ops(run, keys))
         parts.append(_detectors(run, keys))
-        parts += [f"![{name}](perf/results/{stem}-{name}.svg)" for name in plot.charts(run, keys)]
+        parts += [f"![{name}](perf/results/{stem}-{name}.svg)" for name in plot.CHARTS]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -88,7 +88,8 @@ def main() -> None:
     for stem, run in runs.items():
         for name, svg in plot.charts(run, headline(run)).items():
             (FOLDER / f"{stem}-{name}.svg").write_bytes(svg)
-    print(f"wrote README.md and {2 * len(runs)} charts in {FOLDER.relative_to(ROOT)}, from {len(runs)} files")
+    charts = len(plot.CHARTS) * len(runs)
+    print(f"wrote README.md and {charts} charts in {FOLDER.relative_to(ROOT)}, from {len(runs)} files")
 
 
 if __name__ == "__main__":

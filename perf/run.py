@@ -20,8 +20,6 @@ from typing import Any
 # Before torch is imported: its profiler talks much.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    raise SystemExit("interpreted kernels say nothing of speed: unset TRITON_INTERPRET")
 
 import compare
 import detector  # noqa: F401 - registers its cases
@@ -160,6 +158,8 @@ def selected(patterns: Sequence[str]) -> list[Case]:
 
 def prepare(device: str, parser: argparse.ArgumentParser) -> None:
     """One state of PyTorch for every measurement on `device`."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("interpreted kernels say nothing of speed: unset TRITON_INTERPRET")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     if device == "cpu":

@@ -1,0 +1,542 @@
+"""The benchmark against itself: its statistics, floors and files, and that what is slow or wrong shows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import compare
+import inputs
+import plot
+import pytest
+import record
+import report
+import run
+import sweep
+import timing
+import torch
+from cases import REGISTRY, Case, Workload, grid, on_cpu, star
+from record import Results, Row
+
+from ssdcore import kernels
+from ssdcore.kernels import eager
+
+ROOT = Path(__file__).parents[1]
+FACTS = {"device": "a machine", "kind": "cpu", "commit": "0123456789abcdef", "date": "2026-01-02T03:04:05+00:00"}
+BANDWIDTH = 4.3e12  # bytes a second
+
+
+def timed(provider: str = "ssdcore", median: float = 1.0, **values: Any) -> Row:
+    shape = {"B": 2, "A": 10}
+    numbers = {"p10": 0.9 * median, "p90": 1.1 * median, "runs": 9} | values
+    return Row("nms", shape, "float32", provider, "timed", median=median, **numbers)
+
+
+def rows_of(workload: Workload) -> dict[str, Row]:
+    case = Case("made up", lambda device, dtype: workload, [], [])
+    rows = run.rows_of(case, {"dtype": "float32"}, "cpu", BANDWIDTH, compiled=False)
+    return {row.provider: row for row in rows}
+
+
+# --- statistics -------------------------------------------------------------------------------------------
+
+
+def test_a_summary_is_the_median_and_the_deciles() -> None:
+    assert timing.summarise([float(x) for x in range(11)][::-1]) == timing.Times(5.0, 1.0, 9.0, 11)
+    assert timing.summarise([7.0]) == timing.Times(7.0, 7.0, 7.0, 1)
+
+
+def test_runs_are_many_for_the_quick_few_for_the_slow() -> None:
+    assert timing.runs_for(1e-6) == timing.MOST
+    assert timing.runs_for(timing.MEASURE_S / 50) == 50
+    assert timing.runs_for(timing.MEASURE_S) == timing.FEWEST
+    assert timing.runs_for(2 * timing.SLOW_S) == 1
+
+
+def test_turns_are_spread_over_the_whole() -> None:
+    turns = list(timing.in_turn({"quick": 100, "slow": 4}))
+    assert turns.count("quick") == 100 and turns.count("slow") == 4
+    places = [place for place, name in enumerate(turns) if name == "slow"]
+    assert [later - sooner for sooner, later in pairwise(places)] == [26, 26, 26]
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_exponents(power: int) -> None:
+    sizes = [1.0, 10, 100, 1000, 10_000]
+    times = [0.01 + 0.001 * size**power for size in sizes]  # launching hides the small ones
+    assert sweep.exponent(sizes, times) == pytest.approx(power, abs=0.15)
+
+
+def test_two_points_have_no_exponent() -> None:
+    assert sweep.exponent([1, 2], [1, 2]) is None
+    assert sweep.exponent([], []) is None
+
+
+# --- what a time is ---------------------------------------------------------------------------------------
+
+
+def test_a_slower_call_is_slower_by_the_right_factor() -> None:
+    times = timing.measure({"once": lambda: time.sleep(0.004), "thrice": lambda: time.sleep(0.012)}, "cpu")
+    assert times["thrice"].median / times["once"].median == pytest.approx(3, rel=0.1)
+    assert times["once"].p10 <= times["once"].median <= times["once"].p90
+
+
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clock that stands while others have this machine's processors."""
+    monkeypatch.setattr(timing.time, "perf_counter", time.process_time)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_kernel_slowed_three_times_shows_it(own_time: None) -> None:
+    boxes, scores = inputs.nms_boxes("clustered", 2000, "cpu")
+
+    def slowed() -> torch.Tensor:
+        for _ in range(3):
+            kept = kernels.nms(boxes, scores, 0.5)
+        return kept
+
+    rows = rows_of(
+        Workload(
+            {
+                "ssdcore": slowed,
+                "twin": lambda: kernels.nms(boxes, scores, 0.5),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
+            },
+            reads=(boxes, scores),
+        )
+    )
+    assert rows["ssdcore"].median / rows["twin"].median == pytest.approx(3, rel=0.2)
+    assert rows["ssdcore"].share / rows["twin"].share == pytest.approx(1 / 3, rel=0.2)
+
+
+def test_stages_have_their_share() -> None:
+    def step() -> Generator[str, None, int]:
+        yield "forward"
+        time.sleep(0.015)
+        yield "backward"
+        time.sleep(0.005)
+        return 7
+
+    times, shares = timing.measure_stages(step, "cpu")
+    assert list(shares) == ["forward", "backward"]
+    assert shares["forward"] == pytest.approx(0.75, abs=0.05)
+    assert times.median == pytest.approx(20, rel=0.2)
+    assert timing.finish(step()) == 7
+
+
+def test_memory_is_the_peak_not_the_sum() -> None:
+    def call() -> torch.Tensor:
+        for _ in range(3):
+            scratch = torch.empty(2**20)
+            del scratch
+        kept, more = torch.empty(2**20), torch.empty(2**19)
+        del more
+        return kept
+
+    assert timing.count(call, "cpu") == timing.Counts(4 * 2**20 + 4 * 2**19, None, None)
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "note"),
+    [
+        (lambda kept: kept[:-1], "shape"),
+        (lambda kept: kept.flip(0), "integers"),
+        (lambda kept: kept.index_fill(0, torch.tensor([3]), 9999), "1 of"),
+    ],
+    ids=["one too few", "another order", "one other"],
+)
+def test_a_wrong_kernel_is_refused(wrong: Callable[[torch.Tensor], torch.Tensor], note: str) -> None:
+    boxes, scores = inputs.nms_boxes("clustered", 500, "cpu")
+    rows = rows_of(
+        Workload(
+            {
+                "ssdcore": lambda: wrong(kernels.nms(boxes, scores, 0.5)),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
+            },
+            reads=(boxes, scores),
+        )
+    )
+    assert rows["ssdcore"].status == "wrong" and note in rows["ssdcore"].note
+    assert rows["ssdcore"].median is None and rows["ssdcore"].runs is None
+    assert rows["eager"].status == "timed"
+    table = record.table(Results(FACTS, list(rows.values())))
+    assert "wrong" in table.splitlines()[1]
+
+
+@pytest.mark.parametrize("ratio", [2.0, 3.5])
+def test_a_loss_that_mines_otherwise_is_refused(ratio: float) -> None:
+    case = REGISTRY["multibox_loss"]
+    torch.manual_seed(0)
+    workload = case.build("cpu", torch.float32, B=1, A=8732, C=21, G=7)
+    right = workload.providers["ssdcore"]
+
+    def mining() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            original = kernels.multibox_loss
+            patch.setattr(kernels, "multibox_loss", lambda *args: original(*args, neg_pos_ratio=ratio))
+            return right()
+
+    broken = replace(workload, providers={**workload.providers, "ssdcore": mining})
+    assert list(run.checked(workload)[0]) == ["ssdcore", "torchvision", "eager"]
+    assert run.checked(broken)[1]["ssdcore"][0] == "wrong"
+
+
+def test_a_nan_is_wrong_and_a_last_bit_is_not() -> None:
+    right = torch.tensor([1.0, 2.0])
+    assert run.difference(right * (1 + 1e-6), right, tolerance=1e-5) == ""
+    assert "norm" in run.difference(right * (1 + 1e-4), right, tolerance=1e-5)
+    assert "norm" in run.difference(torch.tensor([1.0, float("nan")]), right, tolerance=1e-5)
+
+
+def test_a_provider_that_fails_costs_the_others_nothing() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of\nluck")
+
+    rows = rows_of(Workload({"ssdcore": fails, "eager": lambda: torch.ones(3)}))
+    assert (rows["ssdcore"].status, rows["ssdcore"].note) == ("failed", "RuntimeError: out of luck")
+    assert rows["eager"].status == "timed"
+    alone = rows_of(Workload({"ssdcore": lambda: torch.ones(3), "eager": fails}))
+    assert list(alone) == ["ssdcore"] and alone["ssdcore"].status == "failed"
+
+
+# --- the cases --------------------------------------------------------------------------------------------
+
+SMALL = {"B": 2, "A": 500, "N": 300, "M": 400, "C": 6, "K": 5}
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in ("training step", "inference")])
+def test_all_providers_of_a_case_agree(name: str) -> None:
+    shapes = REGISTRY[name].quick
+    for shape in shapes:
+        torch.manual_seed(0)
+        small = {key: SMALL.get(key, value) for key, value in shape.items() if key != "dtype"}
+        right, excluded = run.checked(REGISTRY[name].build("cpu", torch.float32, **small))
+        assert excluded == {}
+        assert {"ssdcore", "torchvision", "eager"} <= set(right)
+
+
+@pytest.mark.parametrize("name", ["training step", "inference"])
+def test_both_detectors_do_the_same(name: str) -> None:
+    # In 32 bits: what differs is the order of sums. The benchmark's own models, batches and stages.
+    torch.manual_seed(0)
+    workload = REGISTRY[name].build("cpu", torch.float32, model="ssd300_vgg16", B=1, layout="NCHW")
+    right, excluded = run.checked(workload)
+    assert excluded == {} and list(right) == ["ssdcore", "torchvision"]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_shapes_are_those_the_case_takes(name: str) -> None:
+    case = REGISTRY[name]
+    for shape in [*case.shapes, *case.quick]:
+        assert set(shape) == set(case.shapes[0])
+    assert set(case.sweep) <= set(case.shapes[0])
+    assert len({str(shape) for shape in case.shapes}) == len(case.shapes)
+    assert all(shape["dtype"] == "float32" for shape in case.shapes_for("cpu", quick=False))
+
+
+def test_grids_and_stars() -> None:
+    assert grid(N=[1, 2], K=["a"]) == [{"N": 1, "K": "a"}, {"N": 2, "K": "a"}]
+    assert star({"B": 1, "A": 5}, B=[1, 2], A=[6]) == [{"B": 1, "A": 5}, {"B": 2, "A": 5}, {"B": 1, "A": 6}]
+    assert on_cpu({"B": 128, "C": 81, "dtype": "bfloat16"}) == {"B": 8, "C": 81, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+def test_boxes_are_whole_pixels_and_scores_distinct(layout: str) -> None:
+    boxes, scores = inputs.nms_boxes(layout, 1001, "cpu")
+    assert torch.equal(boxes, boxes.round()) and (boxes[:, 2:] > boxes[:, :2]).all()
+    assert len(scores.unique()) == 1001
+    kept = len(kernels.nms(boxes, scores, 0.5))
+    if layout == "chain":  # every other one
+        assert kept == 501
+    if layout == "clustered":
+        assert kept < 200
+
+
+def test_inputs_are_a_detectors() -> None:
+    truth = inputs.truth(128, 81, 7, "cpu")
+    assert sum(truth.counts) / 128 == pytest.approx(7, rel=0.02)
+    assert min(truth.counts) == 0 and 30 < max(truth.counts) <= 100
+    trained, _ = inputs.head_outputs(1, 8732, 81, "trained", torch.float32, "cpu")
+    random, _ = inputs.head_outputs(1, 8732, 81, "random", torch.float32, "cpu")
+    passing = [(x.softmax(-1)[..., 1:] > 0.01).sum(dim=1).float().mean().item() for x in (trained, random)]
+    assert 40 < passing[0] < 80 and passing[1] > 8700
+
+
+# --- floors -----------------------------------------------------------------------------------------------
+
+
+def test_the_floor_of_a_box_iou() -> None:
+    workload = REGISTRY["box_iou"].build("cpu", torch.float32, N=100, M=8732)
+    assert run.bytes_of(workload) == 16 * (100 + 8732) + 4 * 100 * 8732
+
+
+def test_the_floor_of_the_criterion() -> None:
+    # Logits read, their gradient and the deltas' written, two losses: 86 microseconds for 128 images on an H200.
+    workload = REGISTRY["criterion"].build("cpu", torch.bfloat16, B=1, A=8732, C=81, G=7)
+    moved = run.bytes_of(workload)
+    assert moved == 2 * 8732 * (2 * 81 + 4) + 2 * 4
+    assert 128 * moved / BANDWIDTH == pytest.approx(86.3e-6, rel=0.005)
+
+
+def test_the_share_reached_is_of_the_kernels_own_time() -> None:
+    assert timed(median=4.0, floor=1.0).share == 0.25
+    assert timed(median=4.0, floor=1.0, replay=2.0).share == 0.5
+    assert timed(median=4.0).share is None
+    assert timed(median=4.0, stages={"all": 1.0}).images_per_second == 500
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    rows = [timed(floor=0.5, bytes=12, stages={"a": 1.0}), Row("nms", {"N": 3}, "float32", "conch", "wrong", "1 of 3")]
+    Results(FACTS, rows).save(tmp_path / "new" / "x.json")
+    assert record.load(tmp_path / "new" / "x.json") == Results(FACTS, rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", "no results of schema"),
+        (json.dumps({"schema": 99, "rows": []}), "no results of schema"),
+        (json.dumps({"schema": record.SCHEMA, "rows": [{"case": "nms"}]}), "row 0"),
+        (
+            json.dumps(
+                {
+                    "schema": record.SCHEMA,
+                    "rows": [{"case": "", "shape": {}, "dtype": "", "provider": "", "status": "guessed"}],
+                }
+            ),
+            "row 0",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_results_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=f"x.json.*{message}"):
+        record.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (record.time_text(0.01234), "12.3 µs"),
+        (record.time_text(1.5), "1.50 ms"),
+        (record.time_text(99.96), "100.0 ms"),
+        (record.time_text(12_345), "12.3 s"),
+        (record.bytes_text(999), "999 B"),
+        (record.bytes_text(1_234_000_000), "1.23 GB"),
+        (record.share_text(0.854), "85%"),
+        (record.share_text(0.0123), "1.2%"),
+        (record.share_text(1e-5), "< 0.1%"),
+        (record.peer_text(timed("eager", 3.0), timed(median=2.0)), "1.50x"),
+        (record.peer_text(timed("eager", 3.0), None), "3.00 ms"),
+        (record.peer_text(None, timed()), ""),
+    ],
+)
+def test_figures_in_words(text: str, expected: str) -> None:
+    assert text == expected
+
+
+# --- comparing and showing --------------------------------------------------------------------------------
+
+
+def test_a_change_is_more_than_noise() -> None:
+    assert compare.differs(timed(median=1.0), timed(median=2.0))
+    assert compare.differs(timed(median=2.0), timed(median=1.0))
+    assert not compare.differs(timed(median=1.0), timed(median=1.04, p10=1.03, p90=1.05))
+    assert not compare.differs(timed(median=1.0, p90=3.0), timed(median=2.0, p10=0.5))
+
+
+def test_changes_name_what_got_slower_and_what_broke() -> None:
+    old = Results(FACTS, [timed(median=1.0)])
+    assert "0 changed" in compare.changes(old, Results(FACTS, [timed(median=1.01)]))
+    slower = compare.changes(old, Results(FACTS, [timed(median=2.0)]))
+    assert "1 changed" in slower and "2.00x" in slower
+    broken = compare.changes(old, Results(FACTS, [replace(timed(), status="wrong")]))
+    assert "wrong" in broken
+    elsewhere = compare.changes(old, Results({**FACTS, "device": "another"}, [timed()]))
+    assert "not the same device" in elsewhere
+
+
+def test_files_side_by_side_have_names_that_differ() -> None:
+    assert compare.names([Path("a/x.json"), Path("a/y.json")]) == ["x", "y"]
+    assert compare.names([Path("a/x.json"), Path("b/x.json")]) == ["a/x", "b/x"]
+
+
+def test_pictures_tell_what_they_show() -> None:
+    run_ = Results(FACTS, [timed(floor=0.1), timed("torchvision", 3.0), Row("nms", {"N": 3}, "float32", "x", "failed")])
+    keys = list(run_.by_key())
+    for svg in plot.charts(run_, keys).values():
+        assert plot.digest_in(svg.decode()) == plot.digest(run_, keys)
+    slower = Results(FACTS, [timed(floor=0.1), timed("torchvision", 3.1)])
+    assert plot.digest(slower, list(slower.by_key())) != plot.digest(run_, keys)
+
+
+def test_a_comparison_is_drawn(tmp_path: Path) -> None:
+    runs = {"one": Results(FACTS, [timed()]), "two": Results(FACTS, [timed(median=2.0)])}
+    assert "2.00 ms (2.00x)" in compare.table(runs)
+    plot.draw_comparison(runs, tmp_path / "c.svg")
+    assert "two" in (tmp_path / "c.svg").read_text()
+
+
+def committed() -> dict[str, Results]:
+    return {file.stem: record.load(file) for file in sorted((ROOT / "perf/results").glob("*.json"))}
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert report.with_section(readme, report.section(committed())) == readme, "run python perf/report.py"
+
+
+def test_the_charts_show_what_was_measured() -> None:
+    runs = committed()
+    assert runs
+    for stem, results in runs.items():
+        keys = report.headline(results)
+        for name in plot.CHARTS:
+            svg = (ROOT / f"perf/results/{stem}-{name}.svg").read_text()
+            assert plot.digest_in(svg) == plot.digest(results, keys), "run python perf/report.py"
+
+
+def test_figures_are_of_a_commit_and_say_so() -> None:
+    for results in committed().values():
+        assert not results.facts["modified"], "measure a commit, not a working tree"
+        assert len(results.facts["commit"]) == 40
+        assert not results.facts["quick"]
+        assert any(row.status == "timed" for row in results.rows)
+
+
+def test_without_a_gpu_the_readme_says_so() -> None:
+    assert report.NO_GPU in report.section({"x": Results(FACTS, [timed()])})
+    on_gpu = Results({**FACTS, "kind": "cuda"}, [timed(replay=0.5)])
+    text = report.section({"a": Results(FACTS, [timed()]), "b": on_gpu})
+    assert report.NO_GPU not in text
+    assert text.index("b-speedup.svg") < text.index("a-speedup.svg")  # GPUs first
+
+
+# --- the commands -----------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script, *rest = arguments
+    return subprocess.run(
+        [sys.executable, str(ROOT / "perf" / script), *rest],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=inherited | environment,
+    )
+
+
+def test_from_a_run_to_pictures(tmp_path: Path) -> None:
+    first = command("run.py", "--device", "cpu", "--quick", "--case", "box_iou", "--output", "a.json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "box_iou" in first.stdout and "wrote a.json" in first.stdout
+    rows = record.load(tmp_path / "a.json").rows
+    assert {row.provider for row in rows} == {"ssdcore", "torchvision", "eager", "torch.compile"}
+    assert all(row.status == "timed" for row in rows)
+
+    (tmp_path / "b.json").write_bytes((tmp_path / "a.json").read_bytes())
+    assert "a-floor.svg" in command("plot.py", "a.json", cwd=tmp_path).stdout
+    side_by_side = command("compare.py", "a.json", "b.json", cwd=tmp_path)
+    assert "(1.00x)" in side_by_side.stdout and (tmp_path / "comparison.svg").exists()
+
+
+def test_the_list_is_of_cases_and_shapes(tmp_path: Path) -> None:
+    listed = command("run.py", "--list", "--device", "cpu", "--case", "nms", cwd=tmp_path).stdout
+    assert listed.splitlines()[0].split() == ["nms", "N=8732", "boxes=uniform", "dtype=float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.py", "--case", "nsm"], "no case matches nsm; there are: box_iou"),
+        (["run.py", "--baseline", "missing.json"], "missing.json does not exist"),
+        (["compare.py", "a.json"], "two files or more"),
+        (["plot.py", "missing.json"], "missing.json does not exist"),
+        (["sweep.py", "--case", "nms", "--axis", "B"], "no such case has such a size"),
+        (["compile_report.py", "--arch", "h200"], "such as sm_90"),
+    ],
+)
+def test_a_mistake_is_explained(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_interpreter_is_not_timed(tmp_path: Path) -> None:
+    result = command("run.py", "--case", "nms", cwd=tmp_path, TRITON_INTERPRET="1")
+    assert result.returncode != 0 and "unset TRITON_INTERPRET" in result.stderr
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+def test_launches_waits_and_memory_on_a_gpu() -> None:
+    x = torch.ones(2**20, device="cuda")
+
+    def call() -> float:
+        y = x + 1
+        return float((y * 2).sum())
+
+    call()
+    counts = timing.count(call, "cuda")
+    assert counts.syncs == 1
+    assert counts.launches is not None and 3 <= counts.launches <= 5  # add, multiply, sum, copy to the host
+    assert counts.peak_bytes is not None and 2 * 2**22 <= counts.peak_bytes <= 2 * 2**22 + 2**21
+
+
+@on_gpu
+def test_time_on_a_gpu_is_the_gpus() -> None:
+    cycles = 2_000_000  # about a millisecond
+    calls = {"once": lambda: torch.cuda._sleep(cycles), "thrice": lambda: torch.cuda._sleep(3 * cycles)}
+    times = timing.measure(calls, "cuda")
+    assert times["thrice"].median / times["once"].median == pytest.approx(3, rel=0.1)
+
+
+@on_gpu
+def test_a_replay_leaves_launching_out() -> None:
+    x = torch.ones(100, device="cuda")
+
+    def call() -> None:
+        for _ in range(100):
+            x.add_(1)
+
+    replay, launched = timing.measure_replay(call), timing.measure({"call": call}, "cuda")["call"]
+    assert replay is not None and replay.median < launched.median
+    assert timing.measure_replay(lambda: x.sum().item()) is None
+    assert float(x[0]) > 100  # the GPU still works
+
+
+@on_gpu
+def test_stages_on_a_gpu() -> None:
+    def step() -> Generator[str, None, None]:
+        yield "long"
+        torch.cuda._sleep(3_000_000)
+        yield "short"
+        torch.cuda._sleep(1_000_000)
+
+    _, shares = timing.measure_stages(step, "cuda")
+    assert shares["long"] == pytest.approx(0.75, abs=0.05)
