@@ -146,7 +146,7 @@ def count(call: Call, device: str) -> Counts:
             torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before
     syncs = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     launches = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
@@ -215,7 +215,7 @@ def _once_on_gpu(*, wait: bool = True) -> Callable[[Call], float]:
 
 def _peak_on_cpu(call: Call) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             call()
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
