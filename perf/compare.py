@@ -12,12 +12,27 @@ import record
 from record import OURS, Results, Row
 
 NOISE = 1.05  # medians closer than this say nothing
+NOISE_OF_FEW = 1.2  # nor these, of fewer runs than have deciles
+FEW = 5
 
 
 def differs(before: Row, after: Row) -> bool:
-    """Whether two timings are told apart: the medians by more than noise, and their middle eighty per cent disjoint."""
-    ratio = after.median / before.median
-    return max(ratio, 1 / ratio) > NOISE and (after.p10 > before.p90 or after.p90 < before.p10)
+    """Whether two timings are told apart: the medians by more than noise, and their middle eighty per cent disjoint.
+
+    That of the whole call, or of its replay, which a change to a kernel may show alone.
+    """
+    few = min(before.runs, after.runs) < FEW
+    whole = _apart((before.median, before.p10, before.p90), (after.median, after.p10, after.p90), few)
+    if before.replay is None or after.replay is None:
+        return whole
+    replays = [(row.replay, row.replay_p10, row.replay_p90) for row in (before, after)]
+    return whole or _apart(*replays, few)
+
+
+def _apart(before: tuple[float, float, float], after: tuple[float, float, float], few: bool) -> bool:
+    (median, p10, p90), (later, later_p10, later_p90) = before, after
+    ratio = max(median / later, later / median)
+    return ratio > (NOISE_OF_FEW if few else NOISE) and (later_p10 > p90 or later_p90 < p10)
 
 
 def changes(baseline: Results, found: Results) -> str:
@@ -29,9 +44,9 @@ def changes(baseline: Results, found: Results) -> str:
         before, after = old[key][OURS], new[key][OURS]
         if before.status == after.status == "timed":
             if differs(before, after):
-                ratio = after.median / before.median
-                line = [record.time_text(before.median), record.time_text(after.median), f"{ratio:.2f}x"]
-                lines.append((ratio, [*key, *line]))
+                old_time, new_time = _comparable([before, after])
+                line = [record.time_text(old_time), record.time_text(new_time), f"{new_time / old_time:.2f}x"]
+                lines.append((new_time / old_time, [*key, *line]))
         elif before.status != after.status:
             lines.append((math.inf, [*key, before.status, after.status, ""]))
     lines.sort(key=lambda line: -line[0])
@@ -43,13 +58,20 @@ def changes(baseline: Results, found: Results) -> str:
     return text
 
 
+def _comparable(rows: Sequence[Row | None]) -> list[float | None]:
+    """The kernels' own times if all rows have them, else the whole calls'."""
+    timed = [row if row and row.status == "timed" else None for row in rows]
+    if all(row is None or row.replay is not None for row in timed):
+        return [row and row.replay for row in timed]
+    return [row and row.median for row in timed]
+
+
 def side_by_side(runs: dict[str, Results]) -> list[tuple[record.Key, list[float | None]]]:
-    """Our best time of every problem that at least two runs hold, one for each run."""
+    """Our time of every problem that at least two runs hold, one for each run."""
     tables = [run.by_key() for run in runs.values()]
     found = []
     for key in dict.fromkeys(key for table in tables for key in table):
-        rows = [table.get(key, {}).get(OURS) for table in tables]
-        times = [row.best if row and row.status == "timed" else None for row in rows]
+        times = _comparable([table.get(key, {}).get(OURS) for table in tables])
         if sum(time is not None for time in times) > 1:
             found.append((key, times))
     return found

@@ -9,11 +9,12 @@ import math
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import torch
 import torchvision
-from cases import BATCHES, NEAR_TIE, Shape, Workload, case, grid, padded
+from cases import BATCHES, NEAR_TIE, Shape, Workload, case, same_detections, star, within
 from environment import cores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
@@ -27,35 +28,44 @@ from ssdcore.transforms import collate, train_transform
 NUM_CLASSES = 81
 SIZE = 300  # pixels
 IMAGES_ON_DISK = 256
+MOST_WORKERS = 8  # bounds what is fetched ahead: 16 batches of 128 are 2 GB
 CANDIDATES = 50  # anchors of each class that pass the score threshold
 LR = 1e-5  # steps of full size that do not blow up: what is timed is not to learn
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 Step = Generator[str, None, Any]
 
-SHAPES = grid(
-    model=["ssd300_vgg16", "ssd300_tiny"],
-    B=[32, *(B for B in BATCHES if B != 32)],
-    layout=["channels_last", "NCHW"],
-    dtype=["bfloat16", "float32"],
-)
+
+def shapes(model: str) -> list[Shape]:
+    base = {"model": model, "B": 32, "layout": "channels_last", "dtype": "bfloat16"}
+    return star(base, B=BATCHES, layout=("NCHW",), dtype=("float32",))
 
 
 def quick(**batches: int) -> list[Shape]:
-    return [{"model": model, "B": B, "layout": "channels_last", "dtype": "bfloat16"} for model, B in batches.items()]
+    return [{**shapes(model)[0], "B": B} for model, B in batches.items()]
+
+
+SHAPES = [shape for pair in zip(shapes("ssd300_vgg16"), shapes("ssd300_tiny"), strict=True) for shape in pair]
 
 
 @case("training step", shapes=SHAPES, quick=quick(ssd300_tiny=8, ssd300_vgg16=2))
 def training_step(device: str, dtype: torch.dtype, model: str, B: int, layout: str) -> Workload:
     """Data, forward, criterion (match and loss, there and back), backward, optimiser: everything from disk on."""
     ours, theirs = _models(model, device, layout)
+    loaders = [_Batches(B, device)]
     providers: dict[str, Callable[[], Step]] = {
-        "ssdcore": _train_ours(ours.train(), _batches(B, device), _autocast(device, dtype), layout)
+        "ssdcore": _train_ours(ours.train(), loaders[0], _autocast(device, dtype), layout)
     }
     if theirs:
-        providers["torchvision"] = _train_torchvision(
-            theirs.train(), _batches(B, device), _autocast(device, dtype), layout
-        )
-    return Workload(providers, reference="torchvision" if theirs else "ssdcore", tolerance=NEAR_TIE, staged=True)
+        loaders.append(_Batches(B, device))
+        providers["torchvision"] = _train_torchvision(theirs.train(), loaders[1], _autocast(device, dtype), layout)
+    return Workload(
+        providers,
+        reference="torchvision" if theirs else "ssdcore",
+        difference=within(NEAR_TIE),
+        staged=True,
+        ahead=loaders[0].ahead,
+        close=lambda: [loader.close() for loader in loaders],
+    )
 
 
 @case("inference", shapes=SHAPES, quick=quick(ssd300_tiny=8, ssd300_vgg16=4))
@@ -70,26 +80,38 @@ def inference(device: str, dtype: torch.dtype, model: str, B: int, layout: str) 
     }
     if theirs:
         providers["torchvision"] = _detect_torchvision(theirs.eval(), images, _autocast(device, dtype), layout)
-    return Workload(providers, reference="torchvision" if theirs else "ssdcore", tolerance=NEAR_TIE, staged=True)
+    return Workload(
+        providers, reference="torchvision" if theirs else "ssdcore", difference=same_detections, staged=True
+    )
 
 
 def _models(name: str, device: str, layout: str) -> tuple[SSD, TorchvisionSSD | None]:
     """A randomly initialised model, and torchvision's of the same weights where it has one."""
     torch.backends.cudnn.benchmark = True  # every batch has one shape
+    ours, theirs = deepcopy(_initialised(name))
+    memory_format = MEMORY_FORMATS[layout]
+    return (
+        ours.to(device, memory_format=memory_format),
+        theirs and theirs.to(device, memory_format=memory_format),
+    )
+
+
+@functools.cache
+def _initialised(name: str) -> tuple[SSD, TorchvisionSSD | None]:
+    """On the CPU. Initialising VGG takes seconds."""
     ours = MODELS[name](NUM_CLASSES, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     _like_trained(ours)
-    theirs = None
-    if name == "ssd300_vgg16":
-        theirs = torchvision.models.detection.ssd300_vgg16(
-            weights=None,
-            weights_backbone=None,
-            num_classes=NUM_CLASSES,
-            image_mean=list(IMAGENET_MEAN),
-            image_std=list(IMAGENET_STD),
-        )
-        theirs.load_state_dict(ours.state_dict())
-        theirs = theirs.to(device, memory_format=MEMORY_FORMATS[layout])
-    return ours.to(device, memory_format=MEMORY_FORMATS[layout]), theirs
+    if name != "ssd300_vgg16":
+        return ours, None
+    theirs = torchvision.models.detection.ssd300_vgg16(
+        weights=None,
+        weights_backbone=None,
+        num_classes=NUM_CLASSES,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def _like_trained(model: SSD) -> None:
@@ -110,31 +132,48 @@ def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def _dataset() -> DetectionDataset:
+def _dataset() -> tuple[DetectionDataset, tempfile.TemporaryDirectory[str]]:
+    """With the folder that holds it, which goes with the process."""
     folder = tempfile.TemporaryDirectory(prefix="ssdcore-perf-")
     root = make_synthetic(f"{folder.name}/shapes", train=IMAGES_ON_DISK, val=0, progress=False)
     dataset = open_dataset(root, "train")
     dataset.transform = train_transform(SIZE)
-    dataset.folder = folder  # lives as long as it does
-    return dataset
+    return dataset, folder
 
 
-def _batches(B: int, device: str) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
-    """Batches without end, the same ones for every provider."""
-    dataset = _dataset()
-    torch.manual_seed(0)  # of the augmentation, where no worker does it
-    torch.multiprocessing.set_sharing_strategy("file_system")  # a batch of 128 exhausts the usual 1024 descriptors
+class _Batches:
+    """Batches without end, the same ones each time it is opened: by the first `next`, and again after `close`."""
 
-    loader = DataLoader(
-        dataset,
-        B,
-        sampler=RandomSampler(dataset, replacement=True, num_samples=10**9, generator=_seeded()),
-        num_workers=max(0, cores() - 2),  # one for this process, one for the loader's thread
-        collate_fn=collate,
-        pin_memory=device == "cuda",
-        generator=_seeded(),
-    )
-    yield from loader
+    def __init__(self, B: int, device: str) -> None:
+        self.batch, self.device = B, device
+        self.workers = min(MOST_WORKERS, max(0, cores() - 2))  # one core for this process, one for the loader's thread
+        self.batches: Iterator[Any] | None = None
+
+    @property
+    def ahead(self) -> int:
+        return 2 * self.workers  # DataLoader's prefetch_factor
+
+    def __next__(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        if self.batches is None:
+            self.batches = iter(self._loader())
+        return next(self.batches)
+
+    def close(self) -> None:
+        self.batches = None
+
+    def _loader(self) -> DataLoader[Any]:
+        dataset, _ = _dataset()
+        torch.manual_seed(0)  # of the augmentation, where no worker does it
+        torch.multiprocessing.set_sharing_strategy("file_system")  # a batch of 128 exhausts the usual 1024 descriptors
+        return DataLoader(
+            dataset,
+            self.batch,
+            sampler=RandomSampler(dataset, replacement=True, num_samples=10**9, generator=_seeded()),
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.device == "cuda",
+            generator=_seeded(),
+        )
 
 
 def _seeded() -> torch.Generator:
@@ -146,7 +185,7 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _train_ours(
-    model: SSD, batches: Iterator[Any], autocast: AbstractContextManager[Any], layout: str
+    model: SSD, batches: _Batches, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
     device = model.anchors.device
     optimizer = _sgd(model)
@@ -165,17 +204,17 @@ def _train_ours(
         losses = list(model.loss(leaves[:half], leaves[half:], targets, sizes).values())
         gradients = torch.autograd.grad(sum(losses), leaves)
         yield "backward"
-        optimizer.zero_grad()
         torch.autograd.backward(maps, gradients)
         yield "optimiser"
         optimizer.step()
+        optimizer.zero_grad()
         return [loss.detach() for loss in losses]
 
     return step
 
 
 def _train_torchvision(
-    model: TorchvisionSSD, batches: Iterator[Any], autocast: AbstractContextManager[Any], layout: str
+    model: TorchvisionSSD, batches: _Batches, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
     """What its `forward` does, opened up to tell the stages apart."""
     device = next(model.parameters()).device
@@ -205,10 +244,10 @@ def _train_torchvision(
         losses = [found["classification"], found["bbox_regression"]]
         gradients = torch.autograd.grad(sum(losses), list(leaves.values()))
         yield "backward"
-        optimizer.zero_grad()
         torch.autograd.backward(list(outputs.values()), gradients)
         yield "optimiser"
         optimizer.step()
+        optimizer.zero_grad()
         return [loss.detach() for loss in losses]
 
     return step
@@ -260,7 +299,5 @@ def _detect_torchvision(
     return step
 
 
-def _on_host(found: list[dict[str, Tensor]]) -> list[Tensor]:
-    """Scores and boxes, each [B, 200, ...]."""
-    found = [{name: x.cpu() for name, x in detections.items()} for detections in found]
-    return [padded(found, "scores", 0), padded(found, "boxes", 0)]
+def _on_host(found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: x.cpu() for name, x in detections.items()} for detections in found]

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ QUERY = {  # nvidia-smi's names
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Of the machine and the software; `commit` is None outside a repository."""
-    status = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    """Of the machine and the software.
+
+    Outside a repository, as where the code was copied to, `commit` is what SSDCORE_COMMIT in the environment says.
+    """
+    status = _git("status", "--porcelain", "--", "kernels", "ssdcore", "perf/*.py")
     machine = _gpu() if device == "cuda" else {"device": _cpu_name(), "threads": torch.get_num_threads()}
     return {
         **machine,
@@ -33,8 +37,10 @@ def facts(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "torchvision", "numpy", "conch-triton-kernels")},
         "cuda": torch.version.cuda,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "modified": bool(status),  # the code is not that of the commit
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("SSDCORE_COMMIT"),
+        "modified": None
+        if status is None
+        else bool(status),  # the code is not that of the commit; None where nobody can tell
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -46,17 +52,20 @@ def _gpu() -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
+        "tf32": torch.backends.cudnn.allow_tf32,  # in convolutions of fp32
     }
-    # Busy while asked, for an idle GPU lowers its clocks.
-    busy = torch.ones(2**26, device="cuda")
-    for _ in range(2000):
-        busy.mul_(1)
     index = "{:08x}:{:02x}:{:02x}.0".format(
         *(getattr(properties, name, 0) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id"))
     )
-    answer = _output("nvidia-smi", "-i", index, f"--query-gpu={','.join(QUERY.values())}", "--format=csv,noheader")
-    torch.cuda.synchronize()
-    values = (answer or "").split(", ")
+    query = ("nvidia-smi", "-i", index, f"--query-gpu={','.join(QUERY.values())}", "--format=csv,noheader")
+    # Busy while asked, for an idle GPU lowers its clocks.
+    busy = torch.ones(2**26, device="cuda")
+    with ThreadPoolExecutor(1) as asking:
+        answer = asking.submit(_output, *query)
+        while not answer.done():
+            busy.mul_(1)
+            torch.cuda.synchronize()
+    values = (answer.result() or "").split(", ")
     return found | (dict(zip(QUERY, values, strict=True)) if len(values) == len(QUERY) else {})
 
 
@@ -79,6 +88,10 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(ROOT), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -2,7 +2,8 @@
 # On a machine with a GPU, torch and triton, and no network: install in place, run the tests on the GPU (the kernels
 # compiled, at full size), then the benchmarks, with perf/run.py's arguments. Leaves perf/results/<gpu>.json, which holds
 # every case done so far if it is stopped. Exits as the tests did. WHEELS=folder installs the wheels in it first: pycocotools,
-# safetensors and tensorboard, without which some tests cannot be loaded, or a peer.
+# safetensors and tensorboard, without which some tests cannot be loaded, or a peer. Where the repository's history was not
+# copied along, SSDCORE_COMMIT names the commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -28,6 +28,10 @@ COLOURS = {
 DESCRIPTION = re.compile(r"<dc:description>\s*(\S+)\s*</dc:description>")
 
 
+def colour(provider: str) -> str:
+    return COLOURS.get(provider.split()[0], "tab:brown")
+
+
 def charts(run: Results, keys: Sequence[record.Key]) -> dict[str, bytes]:
     """SVG pictures of the problems `keys`, by name; each carries `digest` of what it shows."""
     return {name: draw(run, keys) for name, draw in CHARTS.items()}
@@ -95,7 +99,7 @@ def _speedup(run: Results, keys: Sequence[record.Key]) -> bytes:
             ratio - 1,
             left=1,
             height=0.8,
-            color=COLOURS[peer],
+            color=colour(peer),
             label=None if peer in seen else peer,
         )
         axes.annotate(
@@ -114,7 +118,7 @@ def _floor(run: Results, keys: Sequence[record.Key]) -> bytes:
     shown = [(key, table[key][OURS]) for key in keys if OURS in table[key] and table[key][OURS].share is not None]
     figure, axes = _bars(len(shown), f"Share of the floor that memory sets: {_machine(run)}")
     for position, (_, row) in enumerate(shown):
-        axes.barh(position, row.share, height=0.8, color=COLOURS[OURS])
+        axes.barh(position, row.share, height=0.8, color=colour(OURS))
         text = f"{record.share_text(row.share)} of {record.time_text(row.floor)}"
         _write(axes, text, row.share, position)
     axes.set_yticks(range(len(shown)), [_label(key) for key, _ in shown])
@@ -128,20 +132,23 @@ def draw_comparison(runs: dict[str, Results], output: Path) -> None:
     """Every problem's time over that in the first run."""
     problems = [(key, times) for key, times in compare.side_by_side(runs) if times[0]]
     figure, axes = _bars(len(problems) * (len(runs) - 1), f"Time over that of {next(iter(runs))}")
-    labels = []
+    labels: list[str] = []
+    names, seen = list(runs)[1:], set()
     for number, (key, times) in enumerate(problems):
         for other, time in enumerate(times[1:]):
             position = number * (len(runs) - 1) + other
             labels.append("" if other else _label(key))
             if time:
-                axes.barh(position, time / times[0] - 1, left=1, height=0.8, color=f"C{other}")
+                label = None if names[other] in seen else names[other]
+                axes.barh(position, time / times[0] - 1, left=1, height=0.8, color=f"C{other}", label=label)
+                seen.add(names[other])
                 text = record.ratio_text(time / times[0])
                 axes.annotate(
                     text, (max(1, time / times[0]), position), (3, 0), textcoords="offset points", va="center"
                 )
     axes.set_yticks(range(len(labels)), labels)
     _ratio_axis(axes)
-    axes.set_xlabel("; ".join(f"C{n}: {name}" for n, name in enumerate(list(runs)[1:])))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 

@@ -28,12 +28,15 @@ class Row:
     p90: float | None = None
     runs: int | None = None
     replay: float | None = None  # median of a CUDA graph of it
+    replay_p10: float | None = None
+    replay_p90: float | None = None
     bytes: int | None = None  # that must move: inputs read once, results written once
     floor: float | None = None  # the time they take at the bandwidth of a copy
     peak_bytes: int | None = None  # allocated at once, results included, inputs not
     launches: int | None = None  # on the GPU
     syncs: int | None = None  # waits of the CPU for the GPU
-    stages: dict[str, float] = field(default_factory=dict)  # end to end: the share of each in the time
+    whole: float | None = None  # end to end: of consecutive steps, each one's share of the time
+    stages: dict[str, float] = field(default_factory=dict)  # end to end: the share of each in that
 
     @property
     def key(self) -> Key:
@@ -52,7 +55,7 @@ class Row:
     @property
     def images_per_second(self) -> float | None:
         """End to end only."""
-        return 1e3 * int(self.shape["B"]) / self.median if self.stages and self.median else None
+        return 1e3 * int(self.shape["B"]) / self.whole if self.whole else None
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ def load(path: Path) -> Results:
 
 
 def _compact(row: Row) -> dict[str, Any]:
-    """Without what is empty, and times to a hundredth of a microsecond."""
+    """Without what is empty, and times to four digits."""
     content = {name: value for name, value in asdict(row).items() if value not in (None, "", {})}
-    return {name: round(value, 5) if isinstance(value, float) else value for name, value in content.items()}
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in content.items()}
 
 
 # --- in words ---------------------------------------------------------------------------------------------

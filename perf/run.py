@@ -9,9 +9,11 @@ import argparse
 import fnmatch
 import gc
 import logging
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,53 +31,35 @@ import timing
 import torch
 from cases import REGISTRY, Case, Shape, Workload
 from record import OURS, Results, Row
-from torch import Tensor
 from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 SHORT_NOTE = 200  # characters of an error
 
 
-def tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def checked(workload: Workload) -> tuple[dict[str, Callable[[], Any]], dict[str, tuple[str, str]], Any]:
+    """The providers whose result is right; of the others why not, as a status and a note; and the right result.
 
-
-def difference(found: Any, expected: Any, tolerance: float) -> str:
-    """What is wrong with `found`, or nothing."""
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
-    for number, (a, b) in enumerate(pairs):
-        if a.shape != b.shape:
-            return f"result {number} has shape {list(a.shape)}, expected {list(b.shape)}"
-        if tolerance < 1e-3 and not b.is_floating_point():
-            if not torch.equal(a, b):
-                return f"result {number} differs in {int((a != b).sum())} of {b.numel()} integers"
-            continue
-        a, b = a.double(), b.double()
-        distance, size = (a - b).norm().item(), b.norm().item()
-        if not distance <= tolerance * size:  # a NaN is wrong too
-            return f"result {number} is off by {distance / size if size else distance:.2g} of its norm"
-    return ""
-
-
-def checked(workload: Workload) -> tuple[dict[str, Callable[[], Any]], dict[str, tuple[str, str]]]:
-    """The providers whose result is right, and of the others why not: a status and a note."""
-    call = _finished if workload.staged else (lambda provider: provider())
-    expected = call(workload.providers[workload.reference])
-    right, excluded = {}, {}
-    for name, provider in workload.providers.items():
-        if name == workload.reference:
-            right[name] = provider
-            continue
+    Should the reference fail, the next provider that does not takes its place.
+    """
+    excluded: dict[str, tuple[str, str]] = {}
+    right: list[str] = []
+    expected = None
+    for name in [workload.reference, *(name for name in workload.providers if name != workload.reference)]:
         try:
-            note = difference(call(provider), expected, workload.tolerance)
+            result = _finished(workload, name)
+            note = workload.difference(result, expected) if right else ""
         except Exception as error:  # whatever a peer may raise; ours too, and the table shows it
+            _stop_if_lost(error)
             excluded[name] = "failed", _short(error)
             continue
         if note:
             excluded[name] = "wrong", note
-        else:
-            right[name] = provider
-    return {name: right[name] for name in workload.providers if name in right}, excluded
+            continue
+        if not right:
+            expected = result
+        right.append(name)
+    return {name: call for name, call in workload.providers.items() if name in right}, excluded, expected
 
 
 def rows_of(case: Case, shape: Shape, device: str, bandwidth: float, compiled: bool) -> list[Row]:
@@ -86,63 +70,99 @@ def rows_of(case: Case, shape: Shape, device: str, bandwidth: float, compiled: b
     blank = Row(case.name, sizes, dtype, provider=OURS, status="failed")
     try:
         workload = case.build(device, getattr(torch, dtype), **sizes)
-        if compiled and "eager" in workload.providers:
-            torch.compiler.reset()
-            with_compiled = {**workload.providers, "torch.compile": torch.compile(workload.providers["eager"])}
-            workload = replace(workload, providers=with_compiled)
-        right, excluded = checked(workload)
-        moved = bytes_of(workload) if not workload.staged else None
-    except Exception as error:  # the problem, or its reference: out of memory, most likely
-        return [replace(blank, note=_short(error))]
-    blank = replace(blank, bytes=moved, floor=moved / bandwidth * 1e3 if moved else None)
+    except Exception as error:  # out of memory, most likely
+        _stop_if_lost(error)
+        return [replace(blank, note=f"its inputs: {_short(error)}")]
+    if compiled and case.compiles:
+        torch.compiler.reset()
+        with_compiled = {**workload.providers, "torch.compile": torch.compile(workload.providers["eager"])}
+        workload = replace(workload, providers=with_compiled)
+    right, excluded, result = checked(workload)
+    if right and not workload.staged:
+        moved = size_of([*workload.reads, result])
+        blank = replace(blank, bytes=moved, floor=moved / bandwidth * 1e3)
+    del result
     found = {name: replace(blank, provider=name, status=status, note=note) for name, (status, note) in excluded.items()}
     measure = measured_stages if workload.staged else measured
-    for name, values in measure(right, device).items():
+    for name, values in measure(workload, right, device).items():
         found[name] = replace(blank, provider=name, **({"status": "timed"} | values))
     return [found[name] for name in workload.providers]
 
 
-def bytes_of(workload: Workload) -> int:
-    """That any implementation must move: inputs read once, results written once."""
-    with torch.no_grad():
-        moved = [*workload.reads, *tensors(workload.providers[workload.reference]())]
-    return sum(x.numel() * x.element_size() for x in moved)
+def size_of(tensors: Any) -> int:
+    """Bytes of all tensors in nested containers: what is read once or written once."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(size_of, tensors.values() if isinstance(tensors, Mapping) else tensors))
 
 
-def measured(calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, Any]]:
-    """For each call its counts, times and the time of its replay; a call that fails costs no other its row."""
+def measured(workload: Workload, calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, Any]]:
+    """For each call its counts, times and those of its replay; a call that fails costs no other its row."""
     found: dict[str, dict[str, Any]] = {}
-    for name, call in calls.items():
+
+    def attempt(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         try:
-            found[name] = asdict(timing.count(call, device))
+            found[name] = found.get(name, {}) | measure()
         except Exception as error:
+            _stop_if_lost(error)
             found[name] = {"status": "failed", "note": _short(error)}
+
+    for name, call in calls.items():
+        attempt(name, lambda call=call: asdict(timing.count(call, device)))
     sound = {name: call for name, call in calls.items() if "status" not in found[name]}
-    for name, times in timing.measure(sound, device).items():
-        found[name] |= asdict(times)
+    try:
+        times = timing.measure(sound, device)
+    except Exception as error:  # whose it is shows when each is alone
+        _stop_if_lost(error)
+        times = {}
+        for name, call in sound.items():
+            attempt(name, lambda name=name, call=call: asdict(timing.measure({name: call}, device)[name]))
+    for name, measured_times in times.items():
+        found[name] |= asdict(measured_times)
     if device == "cuda":
         for name, call in sound.items():
-            # A wait would abort the capture, and take some of PyTorch's allocator with it.
-            replay = timing.measure_replay(call) if found[name]["syncs"] == 0 else None
-            found[name]["replay"] = replay.median if replay else None
+            if found[name].get("syncs") == 0:
+                attempt(name, lambda call=call: _replay(call))
     return found
 
 
-def measured_stages(steps: Mapping[str, timing.Staged], device: str) -> dict[str, dict[str, Any]]:
-    """As `measured`, but one provider after the other: while a step runs the next one's data is fetched."""
+def _replay(call: Callable[[], Any]) -> dict[str, float]:
+    times = timing.measure_replay(call)
+    return {"replay": times.median, "replay_p10": times.p10, "replay_p90": times.p90} if times else {}
+
+
+def measured_stages(workload: Workload, steps: Mapping[str, timing.Staged], device: str) -> dict[str, dict[str, Any]]:
+    """As `measured`, but one provider after the other: while a step runs the next one's data may be fetched."""
     found: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         try:
-            times, stages = timing.measure_stages(step, device)
+            times, whole, stages = timing.measure_stages(step, device, workload.ahead)
             counts = timing.count(lambda step=step: timing.finish(step()), device)
-            found[name] = asdict(counts) | asdict(times) | {"stages": stages}
+            found[name] = asdict(counts) | asdict(times) | {"whole": whole, "stages": stages}
         except Exception as error:
+            _stop_if_lost(error)
             found[name] = {"status": "failed", "note": _short(error)}
+        workload.close()
     return found
 
 
-def _finished(step: timing.Staged) -> Any:
-    return timing.finish(step())
+def _finished(workload: Workload, name: str) -> Any:
+    """A provider's result, with nothing of it left running."""
+    call = workload.providers[name]
+    if not workload.staged:
+        return call()
+    result = timing.finish(call())
+    workload.close()
+    return result
+
+
+def _stop_if_lost(error: Exception) -> None:
+    """After some errors a GPU answers nothing more; what has been measured is saved by then."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise SystemExit(f"the GPU no longer answers, after {_short(error)}") from error
 
 
 def _short(error: Exception) -> str:
@@ -178,6 +198,12 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="such as nms or 'nms*'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a case")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="start no shape after so many; the first of each case come first",
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and their shapes, and stop")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="print what changed since these results")
     parser.add_argument(
@@ -191,9 +217,9 @@ def main() -> None:
         parser.error(str(error))
 
     work = [
-        (case, shape, shape == case.shapes_for(arguments.device, arguments.quick)[0])
+        (case, shape, number == 0)
         for case in selected(arguments.case)
-        for shape in case.shapes_for(arguments.device, arguments.quick)
+        for number, shape in enumerate(case.shapes_for(arguments.device, arguments.quick))
     ]
     if arguments.list:
         for case, shape, _ in work:
@@ -207,22 +233,32 @@ def main() -> None:
     bandwidth = timing.copy_bandwidth(arguments.device)
     facts |= {"quick": arguments.quick, "bandwidth": round(bandwidth)}
 
-    rows: list[Row] = []
-    with tqdm(work, unit="shape", disable=None) as progress:
-        for case, shape, first in progress:
+    started = time.monotonic()
+    rows: dict[int, list[Row]] = {}
+    skipped = 0
+    found = Results(facts, [])
+    order = sorted(range(len(work)), key=lambda number: not work[number][2])  # headlines first
+    with tqdm(order, unit="shape", disable=None) as progress:
+        for number in progress:
+            case, shape, first = work[number]
+            if time.monotonic() - started > 60 * arguments.minutes:
+                skipped += 1
+                continue
             progress.set_description(f"{case.name} {record.shape_text(shape)}")
-            rows += rows_of(case, shape, arguments.device, bandwidth, compiled=first)
+            rows[number] = rows_of(case, shape, arguments.device, bandwidth, compiled=first)
+            found = Results(facts, [row for key in sorted(rows) for row in rows[key]])
+            if output:  # after every shape, so that an interruption loses one
+                found.save(output)
             gc.collect()
             if arguments.device == "cuda":
                 torch.cuda.empty_cache()
-            if output:  # after every case, so that an interruption loses one
-                Results(facts, rows).save(output)
 
-    found = Results(facts, rows)
     print(record.table(found))
-    if any(row.stages for row in rows):
+    if any(row.stages for row in found.rows):
         print("\n" + record.stage_table(found))
     print(f"\n{notes(found)}{record.device_text(facts)}; a copy moves {bandwidth / 1e9:.0f} GB/s")
+    if skipped:
+        print(f"{skipped} of {len(work)} shapes were not begun within {arguments.minutes:g} minutes")
     if baseline:
         print("\n" + compare.changes(baseline, found))
     if output:

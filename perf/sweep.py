@@ -1,7 +1,8 @@
 """How cost grows: vary one size of a case at a time, fit the exponents, draw log-log plots.
 
 An exponent is the slope of log time over log size in the upper half of the sweep: 1 is linear, 2 quadratic, 0 means
-that the cost does not depend on it, or that launching hides it. GPU times are those of a CUDA graph where there is one.
+that the cost does not depend on it, or that launching hides it. Where a CUDA graph of ours can be captured, its time,
+the kernels alone, is a curve of its own.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import timing
 import torch
 from cases import Case, Shape, on_cpu, unique
 from matplotlib.figure import Figure
-from record import Results, Row
+from record import OURS, Results, Row
 from tqdm import tqdm
 
 FEWEST = 3  # sizes to fit an exponent to
+REPLAY = f"{OURS} (graph)"
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float | None:
@@ -47,9 +49,13 @@ def curves(rows: Sequence[Row], axis: str) -> dict[str, tuple[list[float], list[
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         if row.status == "timed":
-            sizes, times = found.setdefault(row.provider, ([], []))
-            sizes.append(float(row.shape[axis]))
-            times.append(row.best)
+            curves_of_row = {row.provider: row.median}
+            if row.provider == OURS and row.replay:
+                curves_of_row[REPLAY] = row.replay
+            for name, time in curves_of_row.items():
+                sizes, times = found.setdefault(name, ([], []))
+                sizes.append(float(row.shape[axis]))
+                times.append(time)
     return found
 
 
@@ -63,8 +69,10 @@ def draw(swept: dict[tuple[str, str], list[Row]], title: str, output: Path) -> N
         for provider, (sizes, times) in curves(rows, axis).items():
             slope = exponent(sizes, times)
             label = provider if slope is None else f"{provider} {slope:.2f}"
-            axes.loglog(sizes, times, "o-", markersize=3, color=plot.COLOURS[provider], label=label)
-            axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes], fontsize="x-small")
+            line = "o--" if provider == REPLAY else "o-"
+            axes.loglog(sizes, times, line, markersize=3, color=plot.colour(provider), label=label)
+        ticks = sorted({float(row.shape[axis]) for row in rows})
+        axes.set_xticks(ticks, [f"{size:.0f}" for size in ticks], fontsize="x-small")
         others = {name: value for name, value in rows[0].shape.items() if name != axis}
         axes.set_title(f"{case}\n{record.shape_text(others)}", fontsize="small")
         axes.set(xlabel=axis, ylabel="ms")

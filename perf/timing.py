@@ -6,16 +6,12 @@ kernels alone. On a CPU times are wall-clock, with as many threads as PyTorch ha
 """
 
 import gc
-import json
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +25,12 @@ CACHE_BYTES = 256 * 2**20  # overwritten before each run: more than the L2 of an
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # beyond any cache
 WARM_UP_S, MEASURE_S = 0.1, 0.3  # a provider, so that a run of all cases takes minutes
 FEWEST, MOST = 5, 200  # runs
-SLOW_S = 2.0  # a call that takes longer is timed once: its noise is small beside it
+PATIENCE_S = 1.5  # that the fewest runs may take; the noise of a slow call is small beside it
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+)  # of the CPU for the GPU, as the driver sees them
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Counts:
 
     peak_bytes: int | None  # the most that was allocated at once, its result included, its inputs not
     launches: int | None  # kernels, fills and copies on the GPU
-    syncs: int | None  # times that the CPU waited for the GPU
+    syncs: int | None  # times that the CPU waited for the GPU, as the profiler saw them
 
 
 def summarise(milliseconds: list[float]) -> Times:
@@ -57,8 +58,9 @@ def summarise(milliseconds: list[float]) -> Times:
 
 
 def runs_for(seconds: float) -> int:
-    """How often to time a call that takes `seconds`."""
-    return 1 if seconds > SLOW_S else min(MOST, max(FEWEST, int(MEASURE_S / seconds)))
+    """How often to time a call that takes `seconds`: `FEWEST` times if that is soon done, else less, at least once."""
+    fewest = min(FEWEST, int(PATIENCE_S / seconds))
+    return max(1, min(MOST, max(fewest, int(MEASURE_S / seconds))))
 
 
 def in_turn(runs: Mapping[str, int]) -> Iterator[str]:
@@ -82,44 +84,57 @@ def measure(calls: Mapping[str, Call], device: str) -> dict[str, Times]:
 
 
 def measure_replay(call: Call) -> Times | None:
-    """Time a CUDA graph of `call`, which must not wait for the GPU; None if it cannot be captured."""
+    """Time a CUDA graph of `call`; None if it waits for the GPU, so that it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as capture wants it: lazy initialisation behind it, on another stream
-        for _ in range(3):
+    with torch.cuda.stream(side):
+        for _ in range(3):  # lazy initialisation must be over
             call()
+        # A wait would abort the capture and leave PyTorch's allocator and random numbers in its state: ask before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            call()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        return None
     runs = runs_for(_warm_up(graph.replay))
     time_once = _once_on_gpu(wait=False)
     return summarise([time_once(graph.replay) for _ in range(runs)])
 
 
-def measure_stages(step: Staged, device: str) -> tuple[Times, dict[str, float]]:
-    """Time consecutive steps, and the share of each stage in them.
+def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, float, dict[str, float]]:
+    """Time consecutive steps: each of them, the milliseconds a step of the whole, and the share of each stage.
 
     On a GPU the stages are told apart on its own clock, without a wait between them: a stage that the CPU spends
-    while the GPU is still busy costs nothing.
+    while the GPU is still busy costs nothing. With data fetched `ahead` steps, as many are spent before the clock
+    starts and twice as many measured, so that what was fetched before does not pass for speed.
     """
     clock = _GpuClock() if device == "cuda" else _CpuClock()
 
     def run() -> list[tuple[str, Any]]:
         return [*((name, clock.now()) for name in step()), ("end", clock.now())]
 
-    runs = runs_for(_warm_up(run))
+    for _ in range(ahead):
+        run()
+    runs = max(runs_for(_warm_up(run)), 2 * ahead)
     with _no_garbage_collection():
         steps = [run() for _ in range(runs)]
         clock.wait()
     spent: dict[str, float] = {}
     for (name, start), (_, end) in (pair for marks in steps for pair in pairwise(marks)):
         spent[name] = spent.get(name, 0.0) + clock.milliseconds(start, end)
-    whole = summarise([clock.milliseconds(marks[0][1], marks[-1][1]) for marks in steps])
-    return whole, {name: part / sum(spent.values()) for name, part in spent.items()}
+    each = summarise([clock.milliseconds(marks[0][1], marks[-1][1]) for marks in steps])
+    whole = clock.milliseconds(steps[0][0][1], steps[-1][-1][1]) / runs
+    return each, whole, {name: part / sum(spent.values()) for name, part in spent.items()}
 
 
 def finish(step: Generator[str, None, Any]) -> Any:
@@ -133,24 +148,22 @@ def finish(step: Generator[str, None, Any]) -> Any:
 
 def count(call: Call, device: str) -> Counts:
     if device == "cpu":
-        return Counts(_peak_on_cpu(call), None, None)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        return Counts(_peak(profiler), None, None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    peak = torch.cuda.max_memory_allocated() - before
-    syncs = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
-    return Counts(peak, launches or None, syncs)  # none at all: the profiler may not look at this GPU
+    peak = torch.cuda.max_memory_allocated() - before
+    # The raw events: the profiler's own objects would take minutes for a loop over classes.
+    events = profiler.profiler.kineto_results.events()
+    launches = sum(event.device_type() == DeviceType.CUDA for event in events)
+    if launches == 0:  # the profiler may not look at this GPU
+        return Counts(peak, None, None)
+    return Counts(peak, launches, sum(event.name() in WAITS for event in events))
 
 
 def copy_bandwidth(device: str) -> float:
@@ -213,17 +226,12 @@ def _once_on_gpu(*, wait: bool = True) -> Callable[[Call], float]:
     return once
 
 
-def _peak_on_cpu(call: Call) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            call()
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+def _peak(profiler: profile) -> int:
+    """The most memory that was allocated at once, of a profile's allocations and releases."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = total = 0
-    for _, change in changes:
-        total += change
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
         peak = max(peak, total)
     return peak
 
