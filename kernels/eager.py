@@ -7,13 +7,18 @@ Arguments have been checked by `functional`.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # clamp of dw and dh; torchvision's BoxCoder, bbox_xform_clip
+MATCH_ROWS = 32  # ground truths matched at once: with 8732 anchors a megabyte a tensor
 NMS_BLOCK = 256  # boxes resolved at once: large enough to amortise a step, small enough for the cache
+NMS_PAIRS = 2**18  # compared at once, of several groups: a megabyte a tensor, which the cache holds
+NMS_GROUPS = 1024  # solved at once: 64 MB of decisions at most
+NMS_ALIKE = 8  # groups of one length are worth solving together if they are more than an eighth of it
 
 
 def widen(x: Tensor) -> Tensor:
@@ -24,20 +29,15 @@ def widen(x: Tensor) -> Tensor:
 # --- boxes ------------------------------------------------------------------------------------------------
 
 
-def _coordinates(boxes: Tensor) -> tuple[Tensor, ...]:
-    """x1, y1, x2, y2 of `boxes` [..., 4], each contiguous, so that broadcasting over pairs vectorises."""
-    return boxes.movedim(-1, 0).contiguous().unbind(0)
-
-
 def _iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU [..., N, M] of every pair of `boxes1` [..., N, 4] and `boxes2` [..., M, 4]."""
-    ax1, ay1, ax2, ay2 = (c[..., :, None] for c in _coordinates(boxes1))  # [..., N, 1]
-    bx1, by1, bx2, by2 = (c[..., None, :] for c in _coordinates(boxes2))  # [..., 1, M]
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    intersection = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
-    return intersection / union
+    # Coordinates first, each contiguous: both axes in one operation, and pairs that vectorise.
+    a, b = boxes1.movedim(-1, 0).contiguous(), boxes2.movedim(-1, 0).contiguous()
+    low = torch.maximum(a[:2, ..., :, None], b[:2, ..., None, :])  # [2, ..., N, M]
+    high = torch.minimum(a[2:, ..., :, None], b[2:, ..., None, :])
+    intersection = torch.mul(*high.sub_(low).clamp_(min=0))
+    union = torch.mul(*(a[2:] - a[:2]))[..., :, None] + torch.mul(*(b[2:] - b[:2]))[..., None, :]
+    return intersection.div_(union.sub_(intersection))
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -101,27 +101,33 @@ def decode_boxes_backward(grad: Tensor, deltas: Tensor, anchors: Tensor, weights
 
 def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
     gt_boxes, anchors = widen(gt_boxes), widen(anchors)
-    first, count = gt_offsets[:-1].long(), gt_offsets.diff()
-    batch, num_anchors = len(count), len(anchors)
-    matched = torch.full((batch, num_anchors), -1, dtype=torch.int64, device=anchors.device)
-    if num_anchors == 0 or batch == 0:
+    device, num_anchors = anchors.device, len(anchors)
+    offsets = gt_offsets.tolist()
+    total = offsets[-1]
+    best_iou = torch.zeros(len(offsets) - 1, num_anchors, dtype=anchors.dtype, device=device)
+    matched = torch.full(best_iou.shape, -1, dtype=torch.int64, device=device)
+    if matched.numel() == 0 or total == 0:
         return matched
-    best_iou = torch.zeros(batch, num_anchors, dtype=anchors.dtype, device=anchors.device)
-    claims = []
-    # One step serves the n-th ground truth of every image at once: memory stays [B, A].
-    for slot in range(int(count.max())):
-        boxes = gt_boxes[(first + slot).clamp(max=len(gt_boxes) - 1)]  # [B, 4]
-        iou = _iou(boxes, anchors)  # [B, A]
-        # A NaN or an image with fewer ground truths overlaps nothing.
-        iou = torch.where((iou > 0) & (slot < count)[:, None], iou, 0.0)
-        better = iou > best_iou
-        best_iou = torch.where(better, iou, best_iou)
-        matched = matched.masked_fill(better, slot)
-        anchor = iou.argmax(dim=1, keepdim=True)  # the first of equal maxima
-        claims.append((anchor, iou.gather(1, anchor) > 0))
+    claimed, overlap = torch.empty(total, dtype=torch.int64, device=device), anchors.new_empty(total)
+    # Some ground truths at a time, of whichever images: [rows, A] stays in the cache.
+    for start in range(0, total, MATCH_ROWS):
+        rows = slice(start, start + MATCH_ROWS)
+        iou = _iou(gt_boxes[rows], anchors).nan_to_num_(0.0)  # a NaN overlaps nothing
+        overlap[rows], claimed[rows] = iou.max(dim=1)  # the first of equal maxima
+        for image, (first, end) in enumerate(pairwise(offsets)):
+            first, end = max(first, start), min(end, start + MATCH_ROWS)
+            if first < end:
+                top, slot = iou[first - start : end - start].max(dim=0)
+                better = top > best_iou[image]
+                best_iou[image] = torch.where(better, top, best_iou[image])
+                matched[image] = torch.where(better, slot + (first - offsets[image]), matched[image])
     matched = torch.where(best_iou >= iou_threshold, matched, -1)
-    for slot, (anchor, overlaps) in enumerate(claims):
-        matched.scatter_(1, anchor, torch.where(overlaps, slot, matched.gather(1, anchor)))
+    first, count = gt_offsets[:-1].long(), gt_offsets.diff()
+    image = torch.arange(len(count), device=device).repeat_interleave(count)
+    slot = torch.arange(total, device=device) - first[image]
+    cell = (image * num_anchors + claimed)[overlap > 0]
+    # Of several claims on an anchor the last one stands.
+    matched.view(-1).scatter_reduce_(0, cell, slot[overlap > 0], "amax", include_self=False)
     return matched
 
 
@@ -141,17 +147,34 @@ def _smooth_l1_slope(difference: Tensor, beta: float) -> Tensor:
     return (difference / beta).clamp(-1, 1)
 
 
-def _assign(
+def _positives(
     matched_idxs: Tensor, gt_labels: Tensor, gt_offsets: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For every anchor: is it positive, its row in `gt_boxes`, its class (0 if none), is the class valid."""
-    first, count = gt_offsets[:-1, None].long(), gt_offsets.diff()[:, None]
-    positive = matched_idxs >= 0
-    inside = positive & (matched_idxs < count)
-    gt = torch.where(inside, first + matched_idxs, 0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each positive anchor: image, anchor, row in `gt_boxes`, class, and is that valid; each [P].
+
+    Where it is not, row and class are 0.
+    """
+    image, anchor = (matched_idxs >= 0).nonzero(as_tuple=True)
+    slot = matched_idxs[image, anchor]
+    inside = slot < gt_offsets.diff()[image]
+    gt = torch.where(inside, gt_offsets[image].long() + slot, 0)
     label = F.pad(gt_labels, (0, 1))[gt].long()  # padded: without any ground truth, row 0 must still exist
-    valid = ~positive | (inside & (label >= 1) & (label < num_classes))
-    return positive, gt, torch.where(positive & valid, label, 0), valid
+    valid = inside & (label >= 1) & (label < num_classes)
+    return image, anchor, gt, torch.where(valid, label, 0), valid
+
+
+def _hardest(hardness: Tensor, wanted: Tensor) -> Tensor:
+    """Which of `hardness` [B, A] are the `wanted` [B] largest, bool; equal ones by anchor, NaN before infinity."""
+    largest = torch.finfo(hardness.dtype).max
+    hardness = torch.where(hardness.isnan(), math.inf, hardness.clamp(max=largest))
+    most = max(wanted.tolist(), default=0)
+    if most == 0:
+        return torch.zeros_like(hardness, dtype=torch.bool)
+    wanted = wanted[:, None]
+    ordered = hardness.topk(most, dim=1).values
+    kth = torch.where(wanted > 0, ordered.gather(1, (wanted - 1).clamp(min=0)), math.inf)
+    larger, tie = hardness > kth, hardness == kth
+    return larger | (tie & (tie.cumsum(dim=1) <= wanted - larger.sum(dim=1, keepdim=True)))
 
 
 def multibox_loss(
@@ -170,30 +193,32 @@ def multibox_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both losses, and what the backward needs: log-sum-exp [B, A], selected anchors [B, A], scale [B]."""
     logits = widen(cls_logits)
-    batch, num_anchors, num_classes = logits.shape
-    positive, gt, label, valid = _assign(matched_idxs, gt_labels, gt_offsets, num_classes)
+    batch, _, num_classes = logits.shape
+    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, num_classes)
 
-    lse = logits.logsumexp(dim=-1)  # [B, A]
-    lse = torch.where(lse == math.inf, math.nan, lse)  # an infinite logit has no cross-entropy
-    # Rounding can leave lse a hair under the logit it is the maximum of; a loss is not negative.
-    cross_entropy = (lse - logits.gather(-1, label[..., None])[..., 0]).clamp(min=0)
-    cross_entropy = torch.where(valid, cross_entropy, math.nan)
+    log_scores = logits.log_softmax(dim=-1)
+    # Of the background; rounding can leave a score a hair above 1, but a loss is not negative.
+    cross_entropy = log_scores[..., 0].neg().clamp(min=0)  # [B, A]
+    lse = logits[..., 0] + cross_entropy
+    odd = ~lse.isfinite()
+    if odd.any():  # a background of -inf says nothing of the others; an infinite logit has no cross-entropy
+        lse[odd] = torch.where((own := logits[odd].logsumexp(dim=-1)) == math.inf, math.nan, own)
+    positive_loss = log_scores[image, anchor, label].neg().clamp(min=0)
+    positive_loss = torch.where(valid, positive_loss, math.nan)
+    cross_entropy[image, anchor] = positive_loss
 
+    positive = matched_idxs >= 0
     num_positives = positive.sum(dim=1)  # [B]
-    num_negatives = (neg_pos_ratio * num_positives.float()).ceil().clamp(min=min_negatives)
-    hardness = torch.where(positive, -1.0, cross_entropy)
-    order = hardness.argsort(dim=1, descending=True, stable=True)  # NaN first, equal values by anchor
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(num_anchors, device=order.device).expand(batch, -1))
-    selected = positive | (rank < num_negatives[:, None])
+    num_negatives = (neg_pos_ratio * num_positives.float()).ceil().clamp(min=min_negatives, max=positive.shape[1])
+    selected = positive | _hardest(cross_entropy.masked_fill(positive, -1.0), num_negatives.long())
 
-    gt_boxes = F.pad(widen(gt_boxes), (0, 0, 0, 1))
-    target = encode_boxes(gt_boxes[gt], anchors, weights)  # [B, A, 4]
-    box_loss = _smooth_l1(widen(box_deltas) - target, beta).sum(dim=-1)
+    target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)  # [P, 4]
+    box_loss = _smooth_l1(widen(box_deltas[image, anchor]) - target, beta).sum(dim=-1)
     box_loss = torch.where(valid, box_loss, math.nan)
 
     classification = torch.where(selected, cross_entropy, 0.0).sum(dim=1)  # [B]
     classification = torch.where(cross_entropy.isnan().any(dim=1), math.nan, classification)
-    bbox_regression = torch.where(positive, box_loss, 0.0).sum(dim=1)
+    bbox_regression = torch.zeros_like(classification).index_add_(0, image, box_loss.to(classification.dtype))
     if normalizer == "batch":
         scale = (1 / num_positives.sum().clamp(min=1).to(logits.dtype)).expand(batch).clone()
         # One division at the end, as torchvision's, not one for each image.
@@ -227,20 +252,22 @@ def multibox_loss_backward(
     # Contiguous whatever the input is, as a compiled graph has been told.
     grad_logits = torch.zeros_like(cls_logits, memory_format=torch.contiguous_format)
     grad_deltas = torch.zeros_like(box_deltas, memory_format=torch.contiguous_format)
-    positive, gt, label, valid = _assign(matched_idxs, gt_labels, gt_offsets, cls_logits.shape[-1])
+    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, cls_logits.shape[-1])
+
+    target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)
+    slope = _smooth_l1_slope(widen(box_deltas[image, anchor]) - target, beta)
+    slope = torch.where(valid[:, None], slope, math.nan)
+    grad_deltas[image, anchor] = (slope * (grad_bbox_regression * scale[image])[:, None]).to(grad_deltas.dtype)
 
     # About one row in thirty is selected: the others cost a zero each and are never read.
-    image, anchor = selected.nonzero(as_tuple=True)
-    rows = torch.exp(widen(cls_logits[image, anchor]) - lse[image, anchor, None])  # [S, C] softmax
-    rows.scatter_add_(1, label[image, anchor, None], rows.new_full((len(rows), 1), -1.0))
-    rows = torch.where(valid[image, anchor, None], rows, math.nan)
-    grad_logits[image, anchor] = (rows * (grad_classification * scale[image])[:, None]).to(grad_logits.dtype)
-
-    image, anchor = positive.nonzero(as_tuple=True)
-    target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt[image, anchor]], anchors[anchor], weights)
-    slope = _smooth_l1_slope(widen(box_deltas[image, anchor]) - target, beta)
-    slope = torch.where(valid[image, anchor, None], slope, math.nan)
-    grad_deltas[image, anchor] = (slope * (grad_bbox_regression * scale[image])[:, None]).to(grad_deltas.dtype)
+    negative = selected & (matched_idxs < 0)
+    rows, columns = torch.cat((negative.nonzero(), torch.stack((image, anchor), dim=1))).unbind(1)
+    background = len(rows) - len(label)
+    gradient = torch.exp(widen(cls_logits[rows, columns]) - lse[rows, columns, None])  # [S, C] softmax
+    gradient[:background, 0] -= 1
+    gradient[background:].scatter_add_(1, label[:, None], gradient.new_full((len(label), 1), -1.0))
+    gradient[background:][~valid] = math.nan
+    grad_logits[rows, columns] = (gradient * (grad_classification * scale[rows])[:, None]).to(grad_logits.dtype)
     return grad_logits, grad_deltas
 
 
@@ -260,30 +287,78 @@ def sort_key(scores: Tensor) -> Tensor:
     return widen(scores) + 0.0  # -0.0 becomes 0.0: a radix sort would part them
 
 
-def _greedy_keep(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+def _greedy_keep(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
     """Which of `boxes` [M, 4], sorted by `groups` [M] and then from best to worst, survive NMS: bool [M]."""
-    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     if boxes.dtype == torch.float32:
         iou_threshold = round_down(iou_threshold)
-    alive = torch.arange(len(boxes), device=boxes.device)  # not yet kept, suppressed by none so far
-    while len(alive):
-        head = alive[:NMS_BLOCK]
-        # Nothing past the last group of the head can be suppressed by it.
-        reach = int(torch.searchsorted(groups[alive], groups[head[-1]], right=True))
-        near = alive[:reach]
-        suppresses = (_iou(boxes[head], boxes[near]) > iou_threshold) & (groups[head, None] == groups[near])
-        suppresses = suppresses.triu(diagonal=1)  # only the better suppresses the worse
-        # Greedy NMS is the one fixpoint of: a box is kept iff no kept better box suppresses it.
-        kept = torch.ones(len(head), dtype=torch.bool, device=boxes.device)
-        while True:
-            now = ~(suppresses[:, : len(head)] & kept[:, None]).any(dim=0)
-            if torch.equal(now, kept):
-                break
-            kept = now
-        keep[head[kept]] = True
-        survives = ~(suppresses[kept, len(head) :]).any(dim=0)
-        alive = torch.cat((near[len(head) :][survives], alive[reach:]))
+    if groups is None:
+        return _greedy_keep_of_one(boxes, iou_threshold)
+    if len(boxes) <= NMS_BLOCK:
+        suppresses = (_iou(boxes, boxes) > iou_threshold) & (groups[:, None] == groups)
+        return _settle(suppresses.triu_(diagonal=1))
+    by_length: dict[int, list[tuple[int, int]]] = {}  # powers of two: first box and number of each group
+    first = 0
+    for size in groups.unique_consecutive(return_counts=True)[1].tolist():
+        by_length.setdefault(1 << (size - 1).bit_length(), []).append((first, size))
+        first += size
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for length, alike in by_length.items():
+        if length <= NMS_BLOCK and NMS_ALIKE * len(alike) >= length:
+            _greedy_keep_of_many(boxes, torch.tensor(alike, device=boxes.device), length, iou_threshold, keep)
+        else:
+            for first, size in alike:
+                keep[first : first + size] = _greedy_keep_of_one(boxes[first : first + size], iou_threshold)
     return keep
+
+
+def _greedy_keep_of_many(boxes: Tensor, groups: Tensor, length: int, iou_threshold: float, keep: Tensor) -> None:
+    """The same for groups of at most `length` boxes, `groups` [P, 2] first and number: writes their part of `keep`."""
+    place = torch.arange(length, device=boxes.device)
+    for some in groups.split(NMS_GROUPS):
+        inside = place < some[:, 1:]  # [P, L]
+        index = torch.where(inside, some[:, :1] + place, 0)
+        parts = boxes[index].split(max(1, NMS_PAIRS // length**2))
+        spares = torch.cat([~(_iou(part, part) > iou_threshold) for part in parts])  # [P, L, L]
+        kept = inside.clone()
+        for better in range(length - 1):  # settled, for those before it are
+            worse = slice(better + 1, length)
+            kept[:, worse] &= spares[:, better, worse] | ~kept[:, better, None]
+        keep[index[inside]] = kept[inside]
+
+
+def _greedy_keep_of_one(boxes: Tensor, iou_threshold: float) -> Tensor:
+    """The same for a single group: the best `NMS_BLOCK` are settled, then rid the rest of what they suppress."""
+    head, rest = boxes[:NMS_BLOCK], boxes[NMS_BLOCK:]
+    kept = _settle((_iou(head, head) > iou_threshold).triu_(diagonal=1))
+    if len(rest) == 0:
+        return kept
+    keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    keep[:NMS_BLOCK] = kept
+    left = torch.arange(NMS_BLOCK, len(boxes), device=boxes.device)  # neither kept nor suppressed so far
+    while len(rest):
+        best = head[kept]
+        parts = rest.split(NMS_PAIRS // NMS_BLOCK)
+        left = left[torch.cat([~(_iou(best, part) > iou_threshold).any(dim=0) for part in parts])]
+        head, rest = boxes[left[:NMS_BLOCK]], boxes[left[NMS_BLOCK:]]
+        kept = _settle((_iou(head, head) > iou_threshold).triu_(diagonal=1))
+        keep[left[:NMS_BLOCK]] = kept
+        left = left[NMS_BLOCK:]
+    return keep
+
+
+def _settle(suppresses: Tensor) -> Tensor:
+    """Greedy NMS, given which better box suppresses which worse one, bool [N, N]: the kept, bool [N]."""
+    # One decision after the other is what tensors are worst at: rows as Python's integers, a byte a box.
+    size = len(suppresses)
+    rows = suppresses.cpu().numpy().tobytes()
+    removed, kept = 0, bytearray(size)
+    for box in range(size):
+        if not removed >> (8 * box) & 1:
+            kept[box] = 1
+            removed |= int.from_bytes(rows[box * size : (box + 1) * size], "little")
+    if size == 0:
+        return suppresses.new_empty(0)  # `frombuffer` wants something
+    return torch.frombuffer(kept, dtype=torch.bool).to(suppresses.device)
 
 
 def _keep_mask(
@@ -297,7 +372,8 @@ def _keep_mask(
     order = sort_key(scores[image, box]).argsort(descending=True, stable=True)
     if idxs is not None:
         order = order[idxs[image, box][order].argsort(stable=True)]
-    order = order[image[order].argsort(stable=True)]
+    if len(boxes) > 1:
+        order = order[image[order].argsort(stable=True)]
     image, box = image[order], box[order]
     group = image
     if idxs is not None:
@@ -308,9 +384,14 @@ def _keep_mask(
 
 
 def nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
-    keep = _keep_mask(boxes[None], scores[None], None if idxs is None else idxs[None], iou_threshold, None)[0]
     order = sort_key(scores).argsort(descending=True, stable=True)
-    return order[keep[order]]
+    if idxs is None:
+        return order[_greedy_keep(widen(boxes[order]), None, iou_threshold)]
+    by_class = idxs[order].argsort(stable=True)
+    own = order[by_class]
+    keep = torch.zeros_like(by_class, dtype=torch.bool)
+    keep[by_class] = _greedy_keep(widen(boxes[own]), idxs[own], iou_threshold)
+    return order[keep]
 
 
 def batched_nms_padded(
