@@ -108,20 +108,23 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
     matched = torch.full(best_iou.shape, -1, dtype=torch.int64, device=device)
     if matched.numel() == 0 or total == 0:
         return matched
-    claimed, overlap = torch.empty(total, dtype=torch.int64, device=device), anchors.new_empty(total)
+    claimed, overlap = torch.zeros(total, dtype=torch.int64, device=device), anchors.new_zeros(total)
     # Some ground truths at a time, of whichever images: [rows, A] stays in the cache.
     for start in range(0, total, MATCH_ROWS):
         rows = slice(start, start + MATCH_ROWS)
         iou = _iou(gt_boxes[rows], anchors).nan_to_num_(0.0)  # a NaN overlaps nothing
         overlap[rows], claimed[rows] = iou.max(dim=1)  # the first of equal maxima
         for image, (first, end) in enumerate(pairwise(offsets)):
-            first, end = max(first, start), min(end, start + MATCH_ROWS)
-            if first < end:
-                top, slot = iou[first - start : end - start].max(dim=0)
+            part = iou[max(first - start, 0) : max(end - start, 0)]
+            if len(part) and first >= start:  # the image's first: nothing to compare with
+                torch.max(part, dim=0, out=(best_iou[image], matched[image]))
+            elif len(part):
+                top, slot = part.max(dim=0)
                 better = top > best_iou[image]
                 best_iou[image] = torch.where(better, top, best_iou[image])
-                matched[image] = torch.where(better, slot + (first - offsets[image]), matched[image])
-    matched = torch.where(best_iou >= iou_threshold, matched, -1)
+                matched[image] = torch.where(better, slot + (start - first), matched[image])
+    # A threshold may round to 0, which no overlap reaches.
+    matched = torch.where((best_iou > 0) & (best_iou >= iou_threshold), matched, -1)
     first, count = gt_offsets[:-1].long(), gt_offsets.diff()
     image = torch.arange(len(count), device=device).repeat_interleave(count)
     slot = torch.arange(total, device=device) - first[image]
@@ -431,35 +434,50 @@ def postprocess_detections(
     scores_out = torch.zeros(batch, max_detections, dtype=torch.float32, device=device)
     labels_out = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     topk = min(topk_candidates, num_anchors)
-    if batch == 0 or topk == 0 or num_classes < 2:
+    if batch == 0 or topk == 0 or num_classes < 2 or max_detections == 0:
         return boxes_out, scores_out, labels_out, torch.zeros(batch, dtype=torch.int32, device=device)
 
-    scores = widen(cls_logits).softmax(dim=-1).float()[..., 1:].transpose(1, 2)  # [B, C-1, A]
-    # The bits of a non-negative float order as integers do; the anchor makes every key unique.
-    bits = torch.where(scores > score_threshold, scores, 0.0).contiguous().view(torch.int32).long()
-    keys = (bits << 32) | torch.arange(num_anchors - 1, -1, -1, device=device)
-    keys = keys.topk(topk, dim=-1).values  # [B, C-1, K]
-    scores = (keys >> 32).int().view(torch.float32)
-    anchor = num_anchors - 1 - (keys & 0xFFFFFFFF)
+    scores = widen(cls_logits).softmax(dim=-1).float()[..., 1:]  # [B, A, C - 1]
+    best = scores.amax(dim=-1).nan_to_num_(0.0)  # [B, A]
+    # A candidate's fate hangs on the better ones of its class alone: once `max_detections` of all that reach some
+    # floor stand, nothing below it matters. The best of twice as many anchors will mostly do, else four times as many.
+    wanted = 2 * max_detections
+    while True:
+        everything = wanted >= num_anchors
+        if everything:
+            floor = scores.nan_to_num_(0.0).topk(topk, dim=1).values[:, -1]  # [B, C - 1]
+        else:
+            floor = best.topk(wanted, dim=1).values[:, -1:]  # [B, 1]
+        image, anchor = ((best >= floor.amin(dim=1, keepdim=True)) & (best > score_threshold)).nonzero(as_tuple=True)
+        own = scores[image, anchor]  # [S, C - 1]
+        row, category = ((own >= floor[image]) & (own > score_threshold)).nonzero(as_tuple=True)
+        image, anchor, score = image[row], anchor[row], own[row, category]
+        group = image * (num_classes - 1) + category
+        order = score.argsort(descending=True, stable=True)
+        order = order[group[order].argsort(stable=True)]  # by image, class, score, anchor
+        group = group[order]
+        rank = torch.arange(len(group), device=device) - torch.searchsorted(group, group)
+        order, group = order[rank < topk], group[rank < topk]
+        image, category, anchor, score = image[order], category[order], anchor[order], score[order]
 
-    image, category, rank = (scores > score_threshold).nonzero(as_tuple=True)  # by image, class, score
-    anchor = anchor[image, category, rank]
-    boxes = decode_boxes(box_deltas[image, anchor], anchors[anchor], weights)
-    height, width = widen(image_sizes).to(boxes.dtype)[image].unbind(-1)
-    x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
-    boxes = torch.stack((x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)), dim=-1)
-    keep = _greedy_keep(boxes, image * (num_classes - 1) + category, iou_threshold)
+        boxes = decode_boxes(box_deltas[image, anchor], anchors[anchor], weights)
+        height, width = widen(image_sizes).to(boxes.dtype)[image].unbind(-1)
+        x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
+        boxes = torch.stack((x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)), dim=-1)
+        keep = _greedy_keep(boxes, group, iou_threshold)
+        image, category, boxes, score = image[keep], category[keep], boxes[keep], score[keep]
+        count = image.bincount(minlength=batch)
+        if everything or ((count >= max_detections) | (floor[:, 0] <= score_threshold)).all():
+            break
+        wanted *= 4
 
-    image, category, rank, boxes = image[keep], category[keep], rank[keep], boxes[keep]
-    kept_scores = scores[image, category, rank]
-    order = kept_scores.argsort(descending=True, stable=True)  # equal scores: by class, then by anchor
+    order = score.argsort(descending=True, stable=True)  # equal scores: by class, then by anchor
     order = order[image[order].argsort(stable=True)]
-    image, category, boxes, kept_scores = image[order], category[order], boxes[order], kept_scores[order]
-    count = image.bincount(minlength=batch)
+    image, category, boxes, score = image[order], category[order], boxes[order], score[order]
     slot = torch.arange(len(image), device=device) - (count.cumsum(0) - count)[image]
     returned = slot < max_detections
     image, slot = image[returned], slot[returned]
     boxes_out[image, slot] = boxes[returned].float()
-    scores_out[image, slot] = kept_scores[returned]
+    scores_out[image, slot] = score[returned]
     labels_out[image, slot] = category[returned] + 1
     return boxes_out, scores_out, labels_out, count.clamp(max=max_detections).int()
