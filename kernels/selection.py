@@ -12,24 +12,27 @@ import triton.language as tl
 def kth_largest(keys_ptr, num_keys, k, BLOCK: tl.constexpr):
     """The k-th largest of the keys, and how many are larger; 0 if fewer than k are candidates.
 
-    Bit by bit from the top: a bit of the answer is set iff at least k keys reach the number it makes. 32 passes
-    over the keys, which stay in the cache, and no memory.
+    Bit by bit from the top: a bit of the answer is set iff at least k keys reach the number it makes. 31 passes
+    over the keys, which stay in the cache, and no memory; none where all candidates are wanted.
     """
     kth = 0
-    for step in range(31):
-        candidate = kth | (1 << (30 - step))
-        reaching = 0
-        for start in range(0, num_keys, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-            reaching += tl.sum((keys >= candidate).to(tl.int32))
-        kth = tl.where(reaching >= k, candidate, kth)
-    larger = 0
+    if _count_above(keys_ptr, num_keys, -1, BLOCK) > k:
+        for step in range(31):
+            candidate = kth | (1 << (30 - step))
+            kth = tl.where(_count_above(keys_ptr, num_keys, candidate - 1, BLOCK) >= k, candidate, kth)
+    return kth, _count_above(keys_ptr, num_keys, kth, BLOCK)
+
+
+@triton.jit
+def _count_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
+    """How many keys are larger than `limit`."""
+    # One sum across the threads at the end, not one a block: it is what a pass takes longest for.
+    count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_keys, BLOCK):
         index = start + tl.arange(0, BLOCK)
         keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-        larger += tl.sum((keys > kth).to(tl.int32))
-    return kth, larger
+        count += (keys > limit).to(tl.int32)
+    return tl.sum(count)
 
 
 @triton.jit

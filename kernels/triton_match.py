@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import iou, load_box
+from ssdcore.kernels.boxmath import iou, load_box, load_one_box
 
 BLOCK_ANCHORS = 256  # anchors a program: 35 programs an image at 8732 anchors, so that few images fill a GPU
 NO_ANCHOR = 0x7FFFFFFF  # minus the anchor's index in a key's low word: of equal IoUs the lowest anchor wins
@@ -45,7 +45,7 @@ def _match_kernel(
     best_iou = tl.zeros([BLOCK_ANCHORS], tl.float32)
     matched = tl.full([BLOCK_ANCHORS], -1, tl.int32)
     for slot in range(count):
-        x1, y1, x2, y2 = load_box(gt_boxes_ptr, first + slot, True)
+        x1, y1, x2, y2 = load_one_box(gt_boxes_ptr, first + slot, True)
         overlap = iou(x1, y1, x2, y2, ax1, ay1, ax2, ay2)
         overlap = tl.where(overlap > 0, overlap, 0.0)  # a NaN overlaps nothing
         better = overlap > best_iou

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import iou, load_box
+from ssdcore.kernels.boxmath import iou, load_box, load_one_box
 from ssdcore.kernels.eager import round_down, sort_key
 
 WORD = 32  # boxes a word of the mask
@@ -72,7 +72,7 @@ def _suppression_kernel(
         # Bit by bit with a word a lane: packing a tile of comparisons would need exchange between lanes.
         for bit in range(32):
             other = word * 32 + bit
-            bx1, by1, bx2, by2 = load_box(boxes_ptr, other, other < candidates)
+            bx1, by1, bx2, by2 = load_one_box(boxes_ptr, other, other < candidates)
             over = (iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2) > iou_threshold) & (box < other)
             if BY_CLASS:
                 over &= box_class == tl.load(classes_ptr + other, mask=other < candidates, other=0)

@@ -26,7 +26,9 @@ from ssdcore.kernels.selection import compact_k_largest, rank_descending
 from ssdcore.kernels.triton_multibox import row_blocks
 from ssdcore.kernels.triton_nms import resolve_word
 
-SELECT_BLOCK = 2048  # keys a step of a selection: 16 a thread at four warps
+# Keys a step of a selection, 8 and 16 a thread at four warps: the sizes at which no GPU spills.
+CLASS_SELECT_BLOCK = 1024
+IMAGE_SELECT_BLOCK = 2048
 ROW_BLOCK = 32  # candidates compared at once: with 32 columns, 8 pairs a thread at four warps
 
 
@@ -253,7 +255,7 @@ def postprocess_detections_triton(
         round_down(iou_threshold),
         *weights,
         MAX_LOG_SCALE,
-        SELECT_BLOCK=SELECT_BLOCK,
+        SELECT_BLOCK=CLASS_SELECT_BLOCK,
         ROW_BLOCK=ROW_BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
@@ -270,7 +272,7 @@ def postprocess_detections_triton(
         num_foreground * topk,
         topk,
         max_detections,
-        SELECT_BLOCK=SELECT_BLOCK,
+        SELECT_BLOCK=IMAGE_SELECT_BLOCK,
         ROW_BLOCK=ROW_BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
