@@ -55,6 +55,17 @@ def test_the_last_claim_on_an_anchor_stands(path: Path) -> None:
     assert match(path, gt_boxes, [3], anchors).tolist() == [[2, -1]]
 
 
+def test_of_many_equal_truths_the_lowest_matches_and_the_last_claims(path: Path) -> None:
+    # 70 of them: more than are compared at once.
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]])
+    assert match(path, anchors[:1].repeat(70, 1), [30, 40], anchors).tolist() == [[29, 0, -1], [39, 0, -1]]
+
+
+def test_a_threshold_that_rounds_to_nothing_is_not_reached_by_nothing(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    assert match(path, anchors[:1], [1], anchors, threshold=5e-324).tolist() == [[0, -1]]
+
+
 def test_equal_overlaps_go_to_the_lowest(path: Path) -> None:
     box = torch.tensor([[0.0, 0, 10, 10]])
     # Both truths claim anchor 0, the second stands; anchors 1 and 2 take the first truth.

@@ -127,6 +127,25 @@ def test_a_bad_logit_gives_nan(path: Path, value: float, anchor: str) -> None:
     assert losses[1].isfinite()
 
 
+def test_nan_is_harder_than_infinite(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
+    arguments = problem([1], anchors) | {"matched_idxs": torch.tensor([[0, -1, -1, -1]])}
+    arguments["cls_logits"][0, 1, 0] = -math.inf  # the loss of a negative is infinite
+    arguments["cls_logits"][0, 2, 3] = math.nan
+    _, (gradient, _) = run(path, arguments, neg_pos_ratio=1.0)
+    assert gradient[0, 2].isnan().all()
+    assert (gradient[0, [1, 3]] == 0).all()
+
+
+def test_an_impossible_background_is_no_loss_to_a_positive(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
+    arguments = problem([1], anchors) | {"matched_idxs": torch.tensor([[0, -1]]), "gt_labels": torch.tensor([2])}
+    arguments["cls_logits"][0, 0] = torch.tensor([-math.inf, 0.0, math.log(2), 0.0, -math.inf])
+    (classification, _), (gradient, _) = run(path, arguments, neg_pos_ratio=0.0)
+    assert_close(classification, math.log(2))
+    assert_close(gradient[0, 0], 1.3 * torch.tensor([0, 0.25, -0.5, 0.25, 0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("label", [0, -1, 5, 10**6])
 def test_a_label_out_of_range_gives_nan(path: Path, label: int) -> None:
     arguments = problem([2], random_boxes(50))

@@ -37,6 +37,27 @@ def test_a_chain_in_which_each_suppresses_the_next(path: Path) -> None:
     assert run_nms(path, boxes, -start, 0.4).tolist() == list(range(0, 200, 2))
 
 
+# Classes of one size and of many, alone and together, below and above what is solved at once.
+@pytest.mark.parametrize("sizes", [[5] * 70, [1, 2, 3, 40, 300], [1] * 300, [16] * 20, [17] * 20, [130] * 30 + [600]])
+def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
+    if not path.full_size:
+        sizes = [min(size, 70) for size in sizes[:10]]
+    idxs = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    idxs = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(0))]
+    # One chain through all classes: in each, neighbours suppress each other in places, and what follows hangs on it.
+    start = torch.arange(float(len(idxs)))
+    boxes = torch.stack((start, torch.zeros(len(idxs)), start + 3.0 * len(sizes), torch.ones(len(idxs))), dim=1)
+    scores = torch.rand(len(idxs), generator=torch.Generator().manual_seed(1))
+    kept = batched_nms(boxes.to(path.device), scores.to(path.device), idxs.to(path.device), 0.5).cpu()
+    alone = []
+    for label in range(len(sizes)):
+        own = (idxs == label).nonzero()[:, 0]
+        alone.append(own[torchvision.ops.nms(boxes[own], scores[own], 0.5)])
+    expected = torch.cat(alone)
+    assert len(expected) < len(idxs) or max(sizes) == 1
+    assert torch.equal(kept, expected[scores[expected].argsort(descending=True, stable=True)])
+
+
 def test_equal_scores_keep_the_lower_index(path: Path) -> None:
     box = torch.tensor([[0.0, 0, 10, 10]])
     assert run_nms(path, box.repeat(5, 1), torch.ones(5), 0.5).tolist() == [0]

@@ -49,8 +49,8 @@ def test_equal_scores_by_class_then_anchor(path: Path) -> None:
     assert found.boxes[0, :, 0].tolist() == [0, 20, 40, 0, 20]
 
 
-@pytest.mark.parametrize("standing", [3, 40])
-def test_what_the_best_suppress_makes_room_for_the_rest(path: Path, standing: int) -> None:
+@pytest.mark.parametrize(("standing", "wanted"), [(3, 20), (40, 20), (40, 3)])
+def test_what_the_best_suppress_makes_room_for_the_rest(path: Path, standing: int, wanted: int) -> None:
     # The best anchors of both classes lie on one another, so that few of them stand; the worst lie apart.
     num_anchors = 600 if path.full_size else 100
     anchors = torch.tensor([0.0, 0, 10, 10]).repeat(num_anchors, 1)
@@ -59,22 +59,23 @@ def test_what_the_best_suppress_makes_room_for_the_rest(path: Path, standing: in
     logits[0, :, 1] = torch.linspace(1, 0.5, num_anchors)
     logits[0, :, 2] = logits[0, :, 1] - 0.001
     sizes = torch.tensor([[1000, 1000]])
-    settings = {"topk_candidates": num_anchors, "max_detections": 20}
+    settings = {"topk_candidates": num_anchors, "max_detections": wanted}
     found = run(path, logits, torch.zeros(1, num_anchors, 4), anchors, sizes, **settings)
     kept = [0, *range(num_anchors - standing + 1, num_anchors)]  # the first of those apart lies on the best
     scores = logits[0].softmax(dim=-1)
-    expected = sorted((-scores[anchor, label].item(), label, anchor) for anchor in kept for label in (1, 2))[:20]
+    expected = sorted((-scores[anchor, label].item(), label, anchor) for anchor in kept for label in (1, 2))[:wanted]
     assert found.num_detections.tolist() == [len(expected)]
     assert found.labels[0, : len(expected)].tolist() == [label for _, label, _ in expected]
     assert torch.equal(found.boxes[0, : len(expected)], anchors[[anchor for *_, anchor in expected]])
 
 
-def test_a_row_of_nan_hides_no_other(path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"max_detections": 10}, {"max_detections": 60, "topk_candidates": 5}])
+def test_a_row_of_nan_hides_no_other(path: Path, settings: dict[str, int]) -> None:
     logits, deltas = head(1, 100, 3)
     anchors, sizes = random_boxes(100), torch.tensor([[300, 300]])
-    clean = run(path, logits[:, 50:], deltas[:, 50:], anchors[50:], sizes, max_detections=10)
+    clean = run(path, logits[:, 50:], deltas[:, 50:], anchors[50:], sizes, **settings)
     logits[:, :50] = float("nan")
-    found = run(path, logits, deltas, anchors, sizes, max_detections=10)
+    found = run(path, logits, deltas, anchors, sizes, **settings)
     assert torch.equal(found.boxes, clean.boxes) and torch.equal(found.labels, clean.labels)
 
 
