@@ -58,6 +58,16 @@ def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
     assert torch.equal(kept, expected[scores[expected].argsort(descending=True, stable=True)])
 
 
+def test_the_worst_two_of_every_class(path: Path) -> None:
+    classes, size = 20, 16
+    place = torch.arange(size - 1.0).repeat(classes, 1)
+    place = torch.cat((place, place[:, -1:]), dim=1).flatten()  # each class apart, but for the last two
+    boxes = torch.stack((place * 10, torch.zeros_like(place), place * 10 + 5, torch.ones_like(place)), dim=1)
+    idxs = torch.arange(classes).repeat_interleave(size)
+    kept = batched_nms(boxes.to(path.device), -torch.arange(320.0).to(path.device), idxs.to(path.device), 0.5).cpu()
+    assert kept.tolist() == [box for box in range(320) if box % size != size - 1]
+
+
 def test_equal_scores_keep_the_lower_index(path: Path) -> None:
     box = torch.tensor([[0.0, 0, 10, 10]])
     assert run_nms(path, box.repeat(5, 1), torch.ones(5), 0.5).tolist() == [0]
