@@ -100,8 +100,9 @@ def decode_boxes_backward(grad: Tensor, deltas: Tensor, anchors: Tensor, weights
 
 
 def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
-    gt_boxes, anchors = widen(gt_boxes), widen(anchors)
+    gt_boxes, anchors = widen(gt_boxes[gt_offsets[0] :]), widen(anchors)
     device, num_anchors = anchors.device, len(anchors)
+    gt_offsets = gt_offsets.long() - gt_offsets[0]
     offsets = gt_offsets.tolist()
     total = offsets[-1]
     best_iou = torch.zeros(len(offsets) - 1, num_anchors, dtype=anchors.dtype, device=device)
@@ -125,7 +126,7 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
                 matched[image] = torch.where(better, slot + (start - first), matched[image])
     # A threshold may round to 0, which no overlap reaches.
     matched = torch.where((best_iou > 0) & (best_iou >= iou_threshold), matched, -1)
-    first, count = gt_offsets[:-1].long(), gt_offsets.diff()
+    first, count = gt_offsets[:-1], gt_offsets.diff()
     image = torch.arange(len(count), device=device).repeat_interleave(count)
     slot = torch.arange(total, device=device) - first[image]
     cell = (image * num_anchors + claimed)[overlap > 0]
@@ -205,7 +206,8 @@ def multibox_loss(
     lse = logits[..., 0] + cross_entropy
     odd = ~lse.isfinite()
     if odd.any():  # a background of -inf says nothing of the others; an infinite logit has no cross-entropy
-        lse[odd] = torch.where((own := logits[odd].logsumexp(dim=-1)) == math.inf, math.nan, own)
+        own = logits[odd].logsumexp(dim=-1)
+        lse[odd] = own.masked_fill(own == math.inf, math.nan)
     positive_loss = log_scores[image, anchor, label].neg().clamp(min=0)
     positive_loss = torch.where(valid, positive_loss, math.nan)
     cross_entropy[image, anchor] = positive_loss

@@ -268,15 +268,13 @@ def nms(device: str, dtype: torch.dtype, N: int, boxes: str) -> Workload:
     providers = {
         "ssdcore": lambda: kernels.nms(corners, scores, 0.5),
         "torchvision": lambda: torchvision.ops.nms(corners, scores, 0.5),
+        "eager": lambda: eager.nms(corners, scores, None, 0.5),
     }
-    slow = device == "cuda" and boxes == "chain" and N > 4000  # a launch for each decision: seconds
-    if not slow:
-        providers["eager"] = lambda: eager.nms(corners, scores, None, 0.5)
     conch = conch_nms()
     # Its memory is 4 N^2 bytes, and it suppresses one box at a time: beyond 10,000 boxes it takes seconds.
     if conch and device == "cuda" and N <= 10_000:
         providers["conch"] = lambda: conch(corners, scores, 0.5)
-    return Workload(providers, reads=(corners, scores), reference="torchvision" if slow else "eager")
+    return Workload(providers, reads=(corners, scores))
 
 
 @case(
@@ -466,16 +464,12 @@ def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, outputs
         return model.postprocess_detections(raw, [anchors] * B, [(IMAGE, IMAGE)] * B)
 
     settings = (WEIGHTS, 0.01, 0.45, 400, 200)
-    providers = {
-        "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
-        "torchvision": by_torchvision,
-    }
-    slow = device == "cuda" and outputs == "random" and B > 8  # a launch for each of 25,000 decisions: seconds
-    if not slow:
-        providers["eager"] = lambda: eager.postprocess_detections(logits, deltas, anchors, image_sizes, *settings)
     return Workload(
-        providers,
+        {
+            "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
+            "torchvision": by_torchvision,
+            "eager": lambda: eager.postprocess_detections(logits, deltas, anchors, image_sizes, *settings),
+        },
         reads=(logits,),  # and the candidates' deltas, one in a hundred after training
-        reference="torchvision" if slow else "eager",
         difference=same_detections,
     )

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -184,7 +185,9 @@ def prepare(device: str, parser: argparse.ArgumentParser) -> None:
         parser.error("--device cuda: PyTorch finds no GPU")
     if device == "cpu":
         torch.set_num_threads(environment.cores())
-    torch._logging.set_logs(all=logging.ERROR)  # that eager NMS breaks a compiled graph is known
+    # That eager's decisions break a compiled graph is known.
+    torch._logging.set_logs(all=logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch._dynamo")
 
 
 def notes(found: Results) -> str:

@@ -61,6 +61,13 @@ def test_of_many_equal_truths_the_lowest_matches_and_the_last_claims(path: Path)
     assert match(path, anchors[:1].repeat(70, 1), [30, 40], anchors).tolist() == [[29, 0, -1], [39, 0, -1]]
 
 
+def test_rows_before_the_first_image_are_nobodys(path: Path) -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    offsets = torch.tensor([1, 1, 2])
+    matched = match_anchors(anchors.to(path.device), offsets.to(path.device), anchors.to(path.device))
+    assert matched.tolist() == [[-1, -1], [-1, 0]]
+
+
 def test_a_threshold_that_rounds_to_nothing_is_not_reached_by_nothing(path: Path) -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     assert match(path, anchors[:1], [1], anchors, threshold=5e-324).tolist() == [[0, -1]]
