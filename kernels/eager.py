@@ -382,7 +382,9 @@ def _keep_mask(
     image, box = image[order], box[order]
     group = image
     if idxs is not None:
-        group = torch.stack((image, idxs[image, box].long()), dim=1).unique_consecutive(dim=0, return_inverse=True)[1]
+        own = idxs[image, box]
+        begins = (image[1:] != image[:-1]) | (own[1:] != own[:-1])
+        group = F.pad(begins, (1, 0)).cumsum(dim=0)
     keep = torch.zeros_like(candidate)
     keep[image, box] = _greedy_keep(widen(boxes[image, box]), group, iou_threshold)
     return keep

@@ -38,7 +38,9 @@ def test_a_chain_in_which_each_suppresses_the_next(path: Path) -> None:
 
 
 # Classes of one size and of many, alone and together, below and above what is solved at once.
-@pytest.mark.parametrize("sizes", [[5] * 70, [1, 2, 3, 40, 300], [1] * 300, [16] * 20, [17] * 20, [130] * 30 + [600]])
+@pytest.mark.parametrize(
+    "sizes", [[5] * 70, [1, 2, 3, 40, 300], [1] * 300, [16] * 20, [17] * 20, [130] * 30 + [600], [300]]
+)
 def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
     if not path.full_size:
         sizes = [min(size, 70) for size in sizes[:10]]
@@ -56,6 +58,10 @@ def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
     expected = torch.cat(alone)
     assert len(expected) < len(idxs) or max(sizes) == 1
     assert torch.equal(kept, expected[scores[expected].argsort(descending=True, stable=True)])
+    twice = [torch.stack((x, x)).to(path.device) for x in (boxes, scores, idxs)]
+    padded, count = (x.cpu() for x in batched_nms_padded(*twice, 0.5, max_output=len(idxs)))
+    for image in range(2):
+        assert torch.equal(padded[image, : count[image]], kept)
 
 
 def test_the_worst_two_of_every_class(path: Path) -> None:
