@@ -48,7 +48,7 @@ def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
     idxs = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(0))]
     # One chain through all classes: in each, neighbours suppress each other in places, and what follows hangs on it.
     start = torch.arange(float(len(idxs)))
-    boxes = torch.stack((start, torch.zeros(len(idxs)), start + 3.0 * len(sizes), torch.ones(len(idxs))), dim=1)
+    boxes = torch.stack((start, torch.zeros(len(idxs)), start + 4.0 * len(sizes), torch.ones(len(idxs))), dim=1)
     scores = torch.rand(len(idxs), generator=torch.Generator().manual_seed(1))
     kept = batched_nms(boxes.to(path.device), scores.to(path.device), idxs.to(path.device), 0.5).cpu()
     alone = []
