@@ -126,12 +126,11 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
                 matched[image] = torch.where(better, slot + (start - first), matched[image])
     # A threshold may round to 0, which no overlap reaches.
     matched = torch.where((best_iou > 0) & (best_iou >= iou_threshold), matched, -1)
-    first, count = gt_offsets[:-1], gt_offsets.diff()
-    image = torch.arange(len(count), device=device).repeat_interleave(count)
-    slot = torch.arange(total, device=device) - first[image]
-    cell = (image * num_anchors + claimed)[overlap > 0]
+    owner = torch.arange(len(offsets) - 1, device=device).repeat_interleave(gt_offsets.diff())  # [T] image
+    slots = torch.arange(total, device=device) - gt_offsets[owner]
+    cell = (owner * num_anchors + claimed)[overlap > 0]
     # Of several claims on an anchor the last one stands.
-    matched.view(-1).scatter_reduce_(0, cell, slot[overlap > 0], "amax", include_self=False)
+    matched.view(-1).scatter_reduce_(0, cell, slots[overlap > 0], "amax", include_self=False)
     return matched
 
 
