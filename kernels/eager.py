@@ -100,10 +100,10 @@ def decode_boxes_backward(grad: Tensor, deltas: Tensor, anchors: Tensor, weights
 
 
 def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
-    gt_boxes, anchors = widen(gt_boxes[gt_offsets[0] :]), widen(anchors)
+    rows = gt_offsets.tolist()
+    gt_boxes, anchors = widen(gt_boxes[rows[0] :]), widen(anchors)
     device, num_anchors = anchors.device, len(anchors)
-    gt_offsets = gt_offsets.long() - gt_offsets[0]
-    offsets = gt_offsets.tolist()
+    offsets = [row - rows[0] for row in rows]  # an image's first among those that any image owns
     total = offsets[-1]
     best_iou = torch.zeros(len(offsets) - 1, num_anchors, dtype=anchors.dtype, device=device)
     matched = torch.full(best_iou.shape, -1, dtype=torch.int64, device=device)
@@ -112,9 +112,9 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
     claimed, overlap = torch.zeros(total, dtype=torch.int64, device=device), anchors.new_zeros(total)
     # Some ground truths at a time, of whichever images: [rows, A] stays in the cache.
     for start in range(0, total, MATCH_ROWS):
-        rows = slice(start, start + MATCH_ROWS)
-        iou = _iou(gt_boxes[rows], anchors).nan_to_num_(0.0)  # a NaN overlaps nothing
-        overlap[rows], claimed[rows] = iou.max(dim=1)  # the first of equal maxima
+        some = slice(start, min(start + MATCH_ROWS, total))
+        iou = _iou(gt_boxes[some], anchors).nan_to_num_(0.0)  # a NaN overlaps nothing
+        overlap[some], claimed[some] = iou.max(dim=1)  # the first of equal maxima
         for image, (first, end) in enumerate(pairwise(offsets)):
             part = iou[max(first - start, 0) : max(end - start, 0)]
             if len(part) and first >= start:  # the image's first: nothing to compare with
@@ -127,7 +127,7 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
     # A threshold may round to 0, which no overlap reaches.
     matched = torch.where((best_iou > 0) & (best_iou >= iou_threshold), matched, -1)
     owner = torch.arange(len(offsets) - 1, device=device).repeat_interleave(gt_offsets.diff())  # [T] image
-    slots = torch.arange(total, device=device) - gt_offsets[owner]
+    slots = torch.arange(total, device=device) - (gt_offsets - rows[0])[owner]
     cell = (owner * num_anchors + claimed)[overlap > 0]
     # Of several claims on an anchor the last one stands.
     matched.view(-1).scatter_reduce_(0, cell, slots[overlap > 0], "amax", include_self=False)

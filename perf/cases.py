@@ -175,6 +175,12 @@ BATCHES = (1, 8, 32, 128)
 SSD_STAR = star(ssd(), B=BATCHES, A=(24_564,), C=(21, 91), dtype=("float32",))
 SSD_QUICK = [ssd(B=4)]
 SSD_SWEEP = {"B": (1, 2, 4, 8, 16, 32, 64), "A": (500, 2000, 8732, 24_564, 65_536), "C": (5, 21, 81, 320)}
+CODEC = {
+    "compiles": True,
+    "shapes": without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
+    "quick": without("C", "G", shapes=SSD_QUICK),
+    "sweep": {"B": SSD_SWEEP["B"]},
+}
 BOX_SWEEP = {"N": (100, 300, 1000, 3000, 10_000, 30_000, 100_000)}
 
 
@@ -200,13 +206,7 @@ def box_iou(device: str, dtype: torch.dtype, N: int, M: int) -> Workload:
     )
 
 
-@case(
-    "encode_boxes",
-    compiles=True,
-    shapes=without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
-    quick=without("C", "G", shapes=SSD_QUICK),
-    sweep={"B": SSD_SWEEP["B"]},
-)
+@case("encode_boxes", **CODEC)
 def encode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
     boxes, anchors = inputs.random_boxes(B, A).to(device, dtype), inputs.anchors(A, device)
     coder = BoxCoder(tuple(WEIGHTS))
@@ -221,13 +221,7 @@ def encode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
     )
 
 
-@case(
-    "decode_boxes",
-    compiles=True,
-    shapes=without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
-    quick=without("C", "G", shapes=SSD_QUICK),
-    sweep={"B": SSD_SWEEP["B"]},
-)
+@case("decode_boxes", **CODEC)
 def decode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
     deltas, anchors = torch.randn(B, A, 4).to(device, dtype), inputs.anchors(A, device)
     coder = BoxCoder(tuple(WEIGHTS))
@@ -328,11 +322,10 @@ def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int) 
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def match_by_torchvision(truth: inputs.Truth, anchors: Tensor) -> list[Tensor]:
-    """As `SSD.forward` does before `compute_loss`, with its default threshold."""
+def match_by_torchvision(images: Sequence[Tensor], anchors: Tensor) -> list[Tensor]:
+    """As `SSD.forward` does before `compute_loss`, with its default threshold, given each image's boxes."""
     matcher = SSDMatcher(0.5)
     none = torch.full((len(anchors),), -1, device=anchors.device)
-    images = truth.boxes.split(truth.counts)
     return [matcher(torchvision.ops.box_iou(boxes, anchors)) if len(boxes) else none for boxes in images]
 
 
@@ -344,10 +337,11 @@ def match_by_torchvision(truth: inputs.Truth, anchors: Tensor) -> list[Tensor]:
 )
 def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Workload:
     truth, anchors = inputs.truth(B, 81, G, device), inputs.anchors(A, device)
+    images = truth.boxes.split(truth.counts)
     return Workload(
         {
             "ssdcore": lambda: kernels.match_anchors(truth.boxes, truth.offsets, anchors),
-            "torchvision": lambda: torch.stack(match_by_torchvision(truth, anchors)),
+            "torchvision": lambda: torch.stack(match_by_torchvision(images, anchors)),
             "eager": lambda: eager.match_anchors(truth.boxes, truth.offsets, anchors, 0.5),
         },
         reads=(truth.boxes, anchors),
@@ -433,10 +427,11 @@ def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: in
 def criterion(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> Workload:
     """Matching and the loss, forward and backward."""
     loss = _Loss(device, dtype, B, A, C, G)
+    images = loss.truth.boxes.split(loss.truth.counts)
     return loss.workload(
         {
             "ssdcore": lambda: loss.ssdcore(loss.match_by_ssdcore()),
-            "torchvision": lambda: loss.torchvision(match_by_torchvision(loss.truth, loss.anchors)),
+            "torchvision": lambda: loss.torchvision(match_by_torchvision(images, loss.anchors)),
             "eager": lambda: loss.eager(loss.match_by_eager()),
         }
     )

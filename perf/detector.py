@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torchvision
-from cases import BATCHES, NEAR_TIE, Shape, Workload, case, same_detections, star, within
-from environment import cores
+from cases import BATCHES, NEAR_TIE, Shape, Workload, case, match_by_torchvision, same_detections, star, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
+from ssdcore.cli import usable_cores
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
 from ssdcore.synthetic import make_synthetic
@@ -146,7 +146,9 @@ class _Batches:
 
     def __init__(self, B: int, device: str) -> None:
         self.batch, self.device = B, device
-        self.workers = min(MOST_WORKERS, max(0, cores() - 2))  # one core for this process, one for the loader's thread
+        self.workers = min(
+            MOST_WORKERS, max(0, usable_cores() - 2)
+        )  # one core for this process, one for the loader's thread
         self.batches: Iterator[Any] | None = None
 
     @property
@@ -234,12 +236,7 @@ def _train_torchvision(
         yield "criterion"
         leaves = {name: x.detach().requires_grad_() for name, x in outputs.items()}
         anchors = model.anchor_generator(batch, features)
-        matched = [
-            model.proposal_matcher(torchvision.ops.box_iou(target["boxes"], own))
-            if len(target["boxes"])
-            else torch.full((len(own),), -1, device=device)
-            for target, own in zip(targets, anchors, strict=True)
-        ]
+        matched = match_by_torchvision([target["boxes"] for target in targets], anchors[0])  # all images' are the same
         found = model.compute_loss(targets, {name: x.float() for name, x in leaves.items()}, anchors, matched)
         losses = [found["classification"], found["bbox_regression"]]
         gradients = torch.autograd.grad(sum(losses), list(leaves.values()))

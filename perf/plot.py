@@ -91,7 +91,7 @@ def _speedup(run: Results, keys: Sequence[record.Key]) -> bytes:
                 (_label(key) if first else "", row.provider, row.median / ours.median)
                 for first, row in zip([True] + [False] * len(peers), peers, strict=False)
             ]
-    figure, axes = _bars(len(bars), f"Time over ssdcore's: {_machine(run)}")
+    figure, axes = _bars(len(bars), f"Time over ssdcore's: {record.machine_text(run.facts)}")
     seen: set[str] = set()
     for position, (_, peer, ratio) in enumerate(bars):
         axes.barh(
@@ -116,7 +116,7 @@ def _speedup(run: Results, keys: Sequence[record.Key]) -> bytes:
 def _floor(run: Results, keys: Sequence[record.Key]) -> bytes:
     table = run.by_key()
     shown = [(key, table[key][OURS]) for key in keys if OURS in table[key] and table[key][OURS].share is not None]
-    figure, axes = _bars(len(shown), f"Share of the floor that memory sets: {_machine(run)}")
+    figure, axes = _bars(len(shown), f"Share of the floor that memory sets: {record.machine_text(run.facts)}")
     for position, (_, row) in enumerate(shown):
         axes.barh(position, row.share, height=0.8, color=colour(OURS))
         text = f"{record.share_text(row.share)} of {record.time_text(row.floor)}"
@@ -151,10 +151,6 @@ def draw_comparison(runs: dict[str, Results], output: Path) -> None:
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-
-
-def _machine(run: Results) -> str:
-    return run.facts["device"] + (f", {run.facts['threads']} threads" if run.facts.get("threads") else "")
 
 
 def _svg(figure: Figure, description: str) -> bytes:

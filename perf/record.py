@@ -186,12 +186,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
+def machine_text(facts: dict[str, Any]) -> str:
+    return facts["device"] + (f", {facts['threads']} threads" if facts.get("threads") else "")
+
+
 def device_text(facts: dict[str, Any]) -> str:
     """The machine and the versions, in a line."""
-    device = facts["device"] + (f", {facts['threads']} threads" if facts.get("threads") else "")
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "torchvision") if facts.get(name))
     commit = (facts.get("commit") or "unknown")[:10] + (" with changes" if facts.get("modified") else "")
-    return f"{device}; {versions}; commit {commit}, {facts['date'][:10]}"
+    return f"{machine_text(facts)}; {versions}; commit {commit}, {facts['date'][:10]}"
 
 
 def table(results: Results) -> str:

@@ -34,6 +34,8 @@ from cases import REGISTRY, Case, Shape, Workload
 from record import OURS, Results, Row
 from tqdm import tqdm
 
+from ssdcore.cli import usable_cores
+
 FOLDER = Path(__file__).resolve().parent
 SHORT_NOTE = 200  # characters of an error
 
@@ -84,8 +86,8 @@ def rows_of(case: Case, shape: Shape, device: str, bandwidth: float, compiled: b
         blank = replace(blank, bytes=moved, floor=moved / bandwidth * 1e3)
     del result
     found = {name: replace(blank, provider=name, status=status, note=note) for name, (status, note) in excluded.items()}
-    measure = measured_stages if workload.staged else measured
-    for name, values in measure(workload, right, device).items():
+    values_of = measured_stages(right, device, workload) if workload.staged else measured(right, device)
+    for name, values in values_of.items():
         found[name] = replace(blank, provider=name, **({"status": "timed"} | values))
     return [found[name] for name in workload.providers]
 
@@ -97,7 +99,7 @@ def size_of(tensors: Any) -> int:
     return sum(map(size_of, tensors.values() if isinstance(tensors, Mapping) else tensors))
 
 
-def measured(workload: Workload, calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, Any]]:
+def measured(calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, Any]]:
     """For each call its counts, times and those of its replay; a call that fails costs no other its row."""
     found: dict[str, dict[str, Any]] = {}
 
@@ -132,7 +134,7 @@ def _replay(call: Callable[[], Any]) -> dict[str, float]:
     return {"replay": times.median, "replay_p10": times.p10, "replay_p90": times.p90} if times else {}
 
 
-def measured_stages(workload: Workload, steps: Mapping[str, timing.Staged], device: str) -> dict[str, dict[str, Any]]:
+def measured_stages(steps: Mapping[str, timing.Staged], device: str, workload: Workload) -> dict[str, dict[str, Any]]:
     """As `measured`, but one provider after the other: while a step runs the next one's data may be fetched."""
     found: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
@@ -184,7 +186,7 @@ def prepare(device: str, parser: argparse.ArgumentParser) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     if device == "cpu":
-        torch.set_num_threads(environment.cores())
+        torch.set_num_threads(usable_cores())
     # That eager's decisions break a compiled graph is known.
     torch._logging.set_logs(all=logging.ERROR)
     warnings.filterwarnings("ignore", module="torch._dynamo")

@@ -7,6 +7,7 @@ the kernels alone, is a curve of its own.
 
 import argparse
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,16 +27,13 @@ REPLAY = f"{OURS} (graph)"
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float | None:
-    """The least-squares slope of log time over log size, from the middle of the sizes up; None if they are too few."""
-    middle = math.sqrt(min(sizes) * max(sizes)) if sizes else 0
-    points = [(math.log(x), math.log(t)) for x, t in zip(sizes, times, strict=True) if x >= middle]
-    if len(points) < FEWEST:
-        points = [(math.log(x), math.log(t)) for x, t in zip(sizes, times, strict=True)][-FEWEST:]
+    """The least-squares slope of log time over log size, from the middle of the rising sizes up; None if too few."""
+    points = [(math.log(x), math.log(t)) for x, t in zip(sizes, times, strict=True)]
+    upper = [(x, t) for x, t in points if 2 * x >= points[0][0] + points[-1][0]]
+    points = upper if len(upper) >= FEWEST else points[-FEWEST:]
     if len(points) < FEWEST:
         return None
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_t = sum(t for _, t in points) / len(points)
-    return sum((x - mean_x) * (t - mean_t) for x, t in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def shapes(case: Case, axis: str, device: str, quick: bool) -> list[Shape]:

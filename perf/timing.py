@@ -26,11 +26,8 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # beyond any cache
 WARM_UP_S, MEASURE_S = 0.1, 0.3  # a provider, so that a run of all cases takes minutes
 FEWEST, MOST = 5, 200  # runs
 PATIENCE_S = 1.5  # that the fewest runs may take; the noise of a slow call is small beside it
-WAITS = (
-    "cudaStreamSynchronize",
-    "cudaEventSynchronize",
-    "cudaMemcpy",
-)  # of the CPU for the GPU, as the driver sees them
+# Of the CPU for the GPU, as the driver calls them.
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
 @dataclass(frozen=True)

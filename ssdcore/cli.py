@@ -341,13 +341,17 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def usable_cores() -> int:
+    """Of the machine's, those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _share_cores(workers: int | None) -> int:
     """How many workers, leaving them cores of their own: threads that wait for one another in every layer slow
     down twentyfold where anything else wants their core."""
     import torch
 
-    # Not all of a machine's need be this process's.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if workers is None:
         workers = min(8, cores // 2)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))

@@ -321,7 +321,7 @@ def test_both_detectors_do_the_same(name: str) -> None:
 
 
 def test_batches_are_the_same_each_time_and_whoever_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detector, "cores", lambda: 4)
+    monkeypatch.setattr(detector, "usable_cores", lambda: 4)
     batches = detector._Batches(2, "cpu")
     assert batches.ahead == 4  # two workers, two batches each
     first, second = next(batches)[0], next(batches)[0]
