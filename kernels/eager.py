@@ -6,7 +6,7 @@ Arguments have been checked by `functional`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -137,6 +137,27 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
 # --- loss -------------------------------------------------------------------------------------------------
 
 
+def packed(levels: Sequence[Tensor]) -> Tensor:
+    """[B, A, C] of levels [B, P, a, C]; a copy only if there are several, or one whose cells lie in planes."""
+    rows = [level.flatten(1, 2) for level in levels]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def in_planes(levels: Sequence[Tensor]) -> bool:
+    """Do the maps under `levels` [B, P, a, C] lie as [B, a, C, P] in memory, not as [B, P, a, C]?"""
+    return all(level.permute(0, 2, 3, 1).is_contiguous() for level in levels) and not all(
+        level.is_contiguous() for level in levels
+    )
+
+
+def empty_gradients(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Of each level of logits, then of deltas: a tensor of its shape, dense, laid out as all of them are."""
+    levels = [*cls_logits, *box_deltas]
+    if in_planes(levels):
+        return [x.permute(0, 2, 3, 1).new_empty(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) for x in levels]
+    return [x.new_empty(x.shape) for x in levels]
+
+
 def _smooth_l1(difference: Tensor, beta: float) -> Tensor:
     distance = difference.abs()
     if beta == 0:
@@ -181,8 +202,8 @@ def _hardest(hardness: Tensor, wanted: Tensor) -> Tensor:
 
 
 def multibox_loss(
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     matched_idxs: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
@@ -194,8 +215,11 @@ def multibox_loss(
     min_negatives: int,
     normalizer: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both losses, and what the backward needs: log-sum-exp [B, A], selected anchors [B, A], scale [B]."""
-    logits = widen(cls_logits)
+    """Both losses, and what the backward needs: log-sum-exp [B, A], selected anchors [B, A], scale [B].
+
+    `cls_logits` and `box_deltas` are levels [B, P, a, C] and [B, P, a, 4].
+    """
+    logits, deltas = widen(packed(cls_logits)), packed(box_deltas)
     batch, _, num_classes = logits.shape
     image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, num_classes)
 
@@ -217,7 +241,7 @@ def multibox_loss(
     selected = positive | _hardest(cross_entropy.masked_fill(positive, -1.0), num_negatives.long())
 
     target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)  # [P, 4]
-    box_loss = _smooth_l1(widen(box_deltas[image, anchor]) - target, beta).sum(dim=-1)
+    box_loss = _smooth_l1(widen(deltas[image, anchor]) - target, beta).sum(dim=-1)
     box_loss = torch.where(valid, box_loss, math.nan)
 
     classification = torch.where(selected, cross_entropy, 0.0).sum(dim=1)  # [B]
@@ -240,8 +264,8 @@ def multibox_loss(
 def multibox_loss_backward(
     grad_classification: Tensor,
     grad_bbox_regression: Tensor,
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     matched_idxs: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
@@ -252,27 +276,59 @@ def multibox_loss_backward(
     scale: Tensor,
     weights: Sequence[float],
     beta: float,
-) -> tuple[Tensor, Tensor]:
-    # Contiguous whatever the input is, as a compiled graph has been told.
-    grad_logits = torch.zeros_like(cls_logits, memory_format=torch.contiguous_format)
-    grad_deltas = torch.zeros_like(box_deltas, memory_format=torch.contiguous_format)
-    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, cls_logits.shape[-1])
+) -> list[Tensor]:
+    """The gradients of each level of the logits, then of the deltas."""
+    grads = [grad.zero_() for grad in empty_gradients(cls_logits, box_deltas)]
+    grad_logits, grad_deltas = grads[: len(cls_logits)], grads[len(cls_logits) :]
+    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, cls_logits[0].shape[-1])
 
     target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)
-    slope = _smooth_l1_slope(widen(box_deltas[image, anchor]) - target, beta)
+    slope = _smooth_l1_slope(_rows(box_deltas, image, anchor) - target, beta)
     slope = torch.where(valid[:, None], slope, math.nan)
-    grad_deltas[image, anchor] = (slope * (grad_bbox_regression * scale[image])[:, None]).to(grad_deltas.dtype)
+    _set_rows(grad_deltas, image, anchor, slope * (grad_bbox_regression * scale[image])[:, None])
 
     # About one row in thirty is selected: the others cost a zero each and are never read.
     negative = selected & (matched_idxs < 0)
     rows, columns = torch.cat((negative.nonzero(), torch.stack((image, anchor), dim=1))).unbind(1)
     background = len(rows) - len(label)
-    gradient = torch.exp(widen(cls_logits[rows, columns]) - lse[rows, columns, None])  # [S, C] softmax
+    gradient = torch.exp(_rows(cls_logits, rows, columns) - lse[rows, columns, None])  # [S, C] softmax
     gradient[:background, 0] -= 1
     gradient[background:].scatter_add_(1, label[:, None], gradient.new_full((len(label), 1), -1.0))
     gradient[background:][~valid] = math.nan
-    grad_logits[rows, columns] = (gradient * (grad_classification * scale[rows])[:, None]).to(grad_logits.dtype)
-    return grad_logits, grad_deltas
+    _set_rows(grad_logits, rows, columns, gradient * (grad_classification * scale[rows])[:, None])
+    return grads
+
+
+def _places(
+    levels: Sequence[Tensor], image: Tensor, anchor: Tensor
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """Each level, which of the anchors lie on it, and their image, cell and place in the cell."""
+    first = 0
+    for level in levels:
+        cells, per_cell = level.shape[1:3]
+        row = anchor - first
+        own = ((row >= 0) & (row < cells * per_cell)).nonzero()[:, 0]
+        row = row[own]
+        yield level, own, (image[own], row // per_cell, row % per_cell)
+        first += cells * per_cell
+
+
+def _rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
+    """The rows [S, C] of some anchors, widened."""
+    if len(levels) == 1 and levels[0].shape[2] == 1:
+        return widen(levels[0][image, anchor, 0])
+    rows = widen(levels[0].new_empty(len(anchor), levels[0].shape[3]))
+    for level, own, place in _places(levels, image, anchor):
+        rows[own] = widen(level[place])
+    return rows
+
+
+def _set_rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, rows: Tensor) -> None:
+    if len(levels) == 1 and levels[0].shape[2] == 1:
+        levels[0][image, anchor, 0] = rows.to(levels[0].dtype)
+        return
+    for level, own, place in _places(levels, image, anchor):
+        level[place] = rows[own].to(level.dtype)
 
 
 # --- NMS --------------------------------------------------------------------------------------------------
@@ -421,8 +477,8 @@ def batched_nms_padded(
 
 
 def postprocess_detections(
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     anchors: Tensor,
     image_sizes: Tensor,
     weights: Sequence[float],
@@ -431,8 +487,9 @@ def postprocess_detections(
     topk_candidates: int,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, num_anchors, num_classes = cls_logits.shape
-    device = cls_logits.device
+    logits = packed(cls_logits)
+    batch, num_anchors, num_classes = logits.shape
+    device = logits.device
     boxes_out = torch.zeros(batch, max_detections, 4, dtype=torch.float32, device=device)
     scores_out = torch.zeros(batch, max_detections, dtype=torch.float32, device=device)
     labels_out = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
@@ -440,7 +497,7 @@ def postprocess_detections(
     if batch == 0 or topk == 0 or num_classes < 2 or max_detections == 0:
         return boxes_out, scores_out, labels_out, torch.zeros(batch, dtype=torch.int32, device=device)
 
-    scores = widen(cls_logits).softmax(dim=-1).float()[..., 1:]  # [B, A, C - 1]
+    scores = widen(logits).softmax(dim=-1).float()[..., 1:]  # [B, A, C - 1]
     best = scores.amax(dim=-1).nan_to_num_(0.0)  # [B, A]
     # A candidate's fate hangs on the better ones of its class alone: once `max_detections` of all that reach some
     # floor stand, nothing below it matters. The best of twice as many anchors will mostly do, else four times as many.
@@ -463,7 +520,7 @@ def postprocess_detections(
         order, group = order[rank < topk], group[rank < topk]
         image, category, anchor, score = image[order], category[order], anchor[order], score[order]
 
-        boxes = decode_boxes(box_deltas[image, anchor], anchors[anchor], weights)
+        boxes = decode_boxes(_rows(box_deltas, image, anchor), anchors[anchor], weights)
         height, width = widen(image_sizes).to(boxes.dtype)[image].unbind(-1)
         x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
         boxes = torch.stack((x1.minimum(width), y1.minimum(height), x2.minimum(width), y2.minimum(height)), dim=-1)

@@ -291,13 +291,12 @@ def multibox_loss(
 
     Source: Liu et al., SSD, section 2.2 (arXiv 1512.02325).
     """
-    logits, deltas = _pack(cls_logits, box_deltas)
-    batch, num_anchors, _ = logits.shape
-    _check("anchors", anchors, (num_anchors, 4), _FLOATS, like=logits)
-    _check("matched_idxs", matched_idxs, (batch, num_anchors), (torch.int64,), like=logits)
-    _check("gt_boxes", gt_boxes, ("T", 4), _FLOATS, like=logits)
-    _check("gt_labels", gt_labels, (len(gt_boxes),), _INTEGERS, like=logits)
-    _check("gt_offsets", gt_offsets, (batch + 1,), (torch.int32, torch.int64), like=logits)
+    logits, deltas, batch, num_anchors = _levels(cls_logits, box_deltas)
+    _check("anchors", anchors, (num_anchors, 4), _FLOATS, like=logits[0])
+    _check("matched_idxs", matched_idxs, (batch, num_anchors), (torch.int64,), like=logits[0])
+    _check("gt_boxes", gt_boxes, ("T", 4), _FLOATS, like=logits[0])
+    _check("gt_labels", gt_labels, (len(gt_boxes),), _INTEGERS, like=logits[0])
+    _check("gt_offsets", gt_offsets, (batch + 1,), (torch.int32, torch.int64), like=logits[0])
     _check_at_least("neg_pos_ratio", neg_pos_ratio, 0)
     _check_at_least("beta", beta, 0)
     _check_count("min_negatives", min_negatives, 0)
@@ -357,18 +356,17 @@ def postprocess_detections(
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: a shape, device or setting does not fit.
     """
-    logits, deltas = _pack(cls_logits, box_deltas)
-    batch, num_anchors, _ = logits.shape
-    _check("anchors", anchors, (num_anchors, 4), _FLOATS, like=logits)
-    _check("image_sizes", image_sizes, (batch, 2), _FLOATS + _INTEGERS, like=logits)
+    logits, deltas, batch, num_anchors = _levels(cls_logits, box_deltas)
+    _check("anchors", anchors, (num_anchors, 4), _FLOATS, like=logits[0])
+    _check("image_sizes", image_sizes, (batch, 2), _FLOATS + _INTEGERS, like=logits[0])
     _check_at_least("score_threshold", score_threshold, 0)
     _check_at_least("iou_threshold", iou_threshold, 0)
     _check_count("topk_candidates", topk_candidates, 1)
     _check_count("max_detections", max_detections, 1)
     return Detections(
         *ops.postprocess_detections(
-            logits.detach(),
-            deltas.detach(),
+            [x.detach() for x in logits],
+            [x.detach() for x in deltas],
             anchors.detach(),
             image_sizes,
             _check_weights(weights),
@@ -449,14 +447,19 @@ def _broadcast(name: str, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tenso
     return boxes, anchors
 
 
-def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Head outputs as [B, A, C] and [B, A, 4], from these or from maps [B, a * C, H, W] and [B, a * 4, H, W]."""
+def _levels(
+    cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], int, int]:
+    """Views of the head's outputs, [B, P, a, C] and [B, P, a, 4] a level of P cells with a anchors each; B and A.
+
+    From [B, A, C] and [B, A, 4], which are one level of A cells, or from maps [B, a * C, H, W] and [B, a * 4, H, W].
+    """
     if isinstance(cls_logits, Tensor) and isinstance(box_deltas, Tensor):
         _check("cls_logits", cls_logits, ("B", "A", "C"), _FLOATS)
         _check("box_deltas", box_deltas, (*cls_logits.shape[:2], 4), _FLOATS, like=cls_logits)
         if cls_logits.shape[2] == 0:
             raise ValueError(f"cls_logits must have at least one class, got {list(cls_logits.shape)}")
-        return cls_logits, box_deltas
+        return [cls_logits.unsqueeze(2)], [box_deltas.unsqueeze(2)], *cls_logits.shape[:2]
     if isinstance(cls_logits, Tensor) or isinstance(box_deltas, Tensor):
         raise TypeError("cls_logits and box_deltas must both be tensors, or both be sequences of maps")
     if len(cls_logits) != len(box_deltas) or not cls_logits:
@@ -465,11 +468,14 @@ def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[T
         )
     logits: list[Tensor] = []
     deltas: list[Tensor] = []
-    num_classes = None
+    batch: str | int = "B"
+    cls_dtypes = box_dtypes = _FLOATS
+    num_classes, num_anchors = 0, 0
     for level, (cls_map, box_map) in enumerate(zip(cls_logits, box_deltas, strict=True)):
-        _check(f"cls_logits[{level}]", cls_map, ("B", "a * C", "H", "W"), _FLOATS)
+        _check(f"cls_logits[{level}]", cls_map, (batch, "a * C", "H", "W"), cls_dtypes, like=cls_logits[0])
         batch, channels, height, width = cls_map.shape
-        _check(f"box_deltas[{level}]", box_map, (batch, "a * 4", height, width), _FLOATS, like=cls_map)
+        _check(f"box_deltas[{level}]", box_map, (batch, "a * 4", height, width), box_dtypes, like=cls_map)
+        cls_dtypes, box_dtypes = (cls_map.dtype,), (box_map.dtype,)
         per_cell = box_map.shape[1] // 4
         if per_cell == 0 or channels == 0 or box_map.shape[1] % 4 or channels % per_cell:
             raise ValueError(
@@ -481,6 +487,7 @@ def _pack(cls_logits: Tensor | Sequence[Tensor], box_deltas: Tensor | Sequence[T
             raise ValueError(
                 f"cls_logits[{level}] must have {per_cell} * {num_classes} channels, as level 0, got {channels}"
             )
-        for maps, packed in ((cls_map, logits), (box_map, deltas)):
-            packed.append(maps.unflatten(1, (per_cell, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3))
-    return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+        num_anchors += height * width * per_cell
+        for maps, views in ((cls_map, logits), (box_map, deltas)):
+            views.append(maps.unflatten(1, (per_cell, -1)).permute(0, 3, 4, 1, 2).flatten(1, 2))
+    return logits, deltas, int(batch), num_anchors

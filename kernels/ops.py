@@ -7,6 +7,7 @@ the kernels do not take, stays eager. Arguments have been checked by `functional
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,17 +29,23 @@ def _define(name: str, module: str) -> CustomOpDef:
 
     def on_cuda(*args: Any) -> Any:
         # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(args[0].device):
+        with torch.cuda.device(_tensors(args)[0].device):
             return triton_kernel(*args)
 
     def on_cpu(*args: Any) -> Any:
-        wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        wide = INTERPRETED and any(x.dtype == torch.float64 for x in _tensors(args))
         return triton_kernel(*args) if INTERPRETED and not wide else eager_kernel(*args)
 
     schema = infer_schema(eager_kernel, mutates_args=())
     op = custom_op(f"ssdcore::{name}", on_cuda, mutates_args=(), device_types="cuda", schema=schema)
     op.register_kernel("cpu")(on_cpu)
     return op
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among `args`, those in lists too."""
+    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return [x for x in flat if isinstance(x, Tensor)]
 
 
 def _computed(x: Tensor) -> torch.dtype:
@@ -94,32 +101,38 @@ def _(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: floa
 
 
 @multibox_loss.register_fake
-def _(cls_logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, num_anchors, _num_classes = cls_logits.shape
-    dtype = _computed(cls_logits)
+def _(
+    cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], matched_idxs: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like, dtype = cls_logits[0], _computed(cls_logits[0])
     return (
-        cls_logits.new_empty((), dtype=dtype),
-        cls_logits.new_empty((), dtype=dtype),
-        cls_logits.new_empty(batch, num_anchors, dtype=dtype),
-        cls_logits.new_empty(batch, num_anchors, dtype=torch.bool),
-        cls_logits.new_empty(batch, dtype=dtype),
+        like.new_empty((), dtype=dtype),
+        like.new_empty((), dtype=dtype),
+        like.new_empty(matched_idxs.shape, dtype=dtype),
+        like.new_empty(matched_idxs.shape, dtype=torch.bool),
+        like.new_empty(len(matched_idxs), dtype=dtype),
     )
 
 
 @multibox_loss_backward.register_fake
-def _(grad_cls: Tensor, grad_bbox: Tensor, cls_logits: Tensor, box_deltas: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return cls_logits.new_empty(cls_logits.shape), box_deltas.new_empty(box_deltas.shape)
+def _(
+    grad_cls: Tensor, grad_bbox: Tensor, cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
+    return eager.empty_gradients(cls_logits, box_deltas)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.weights, _ratio, ctx.beta, _min_negatives, _normalizer = inputs
+    cls_logits, box_deltas, *truth, ctx.weights, _ratio, ctx.beta, _min_negatives, _normalizer = inputs
     _classification, _bbox_regression, *saved = output
-    ctx.save_for_backward(*tensors, *saved)
+    ctx.levels = len(cls_logits)
+    ctx.save_for_backward(*cls_logits, *box_deltas, *truth, *saved)
 
 
-def _differentiate_loss(ctx: Any, grad_cls: Tensor, grad_bbox: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = multibox_loss_backward(grad_cls, grad_bbox, *ctx.saved_tensors, ctx.weights, ctx.beta)
-    return *grads, *(None,) * 10  # the ground truth, the anchors and the settings have none
+def _differentiate_loss(ctx: Any, grad_cls: Tensor, grad_bbox: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    levels, (*tensors,) = ctx.levels, ctx.saved_tensors
+    logits, deltas, rest = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
+    grads = multibox_loss_backward(grad_cls, grad_bbox, logits, deltas, *rest, ctx.weights, ctx.beta)
+    return grads[:levels], grads[levels:], *(None,) * 10  # the ground truth, the anchors and the settings have none
 
 
 multibox_loss.register_autograd(_differentiate_loss, setup_context=_save_loss)
@@ -148,11 +161,11 @@ def _(
 
 
 @postprocess_detections.register_fake
-def _(cls_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, max_detections = len(cls_logits), args[-1]
+def _(cls_logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like, batch, max_detections = cls_logits[0], len(cls_logits[0]), args[-1]
     return (
-        cls_logits.new_empty(batch, max_detections, 4, dtype=torch.float32),
-        cls_logits.new_empty(batch, max_detections, dtype=torch.float32),
-        cls_logits.new_empty(batch, max_detections, dtype=torch.int64),
-        cls_logits.new_empty(batch, dtype=torch.int32),
+        like.new_empty(batch, max_detections, 4, dtype=torch.float32),
+        like.new_empty(batch, max_detections, dtype=torch.float32),
+        like.new_empty(batch, max_detections, dtype=torch.int64),
+        like.new_empty(batch, dtype=torch.int32),
     )

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.boxmath import encode, load_box, store_box
+from ssdcore.kernels.eager import empty_gradients, packed
 from ssdcore.kernels.selection import among_k_largest, kth_largest
 
 NAN_KEY = 0x7FFFFFFF  # a NaN is the hardest of all
@@ -293,8 +294,8 @@ def _backward_kernel(
 
 
 def multibox_loss_triton(
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     matched_idxs: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
@@ -306,6 +307,7 @@ def multibox_loss_triton(
     min_negatives: int,
     normalizer: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cls_logits, box_deltas = packed(cls_logits), packed(box_deltas)
     batch, num_anchors, num_classes = cls_logits.shape
     device = cls_logits.device
     block_anchors, block_classes = row_blocks(num_classes)
@@ -381,8 +383,8 @@ def multibox_loss_triton(
 def multibox_loss_backward_triton(
     grad_classification: Tensor,
     grad_bbox_regression: Tensor,
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     matched_idxs: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
@@ -393,13 +395,16 @@ def multibox_loss_backward_triton(
     scale: Tensor,
     weights: Sequence[float],
     beta: float,
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
+    gradients = empty_gradients(cls_logits, box_deltas)
+    levels = cls_logits
+    cls_logits, box_deltas = packed(cls_logits), packed(box_deltas)
     batch, num_anchors, num_classes = cls_logits.shape
     block_anchors, block_classes = row_blocks(num_classes)
     grad_logits = torch.empty(cls_logits.shape, dtype=cls_logits.dtype, device=cls_logits.device)
     grad_deltas = torch.empty(box_deltas.shape, dtype=box_deltas.dtype, device=box_deltas.device)
     if batch * num_anchors == 0:
-        return grad_logits, grad_deltas
+        return gradients
     _backward_kernel[(triton.cdiv(num_anchors, block_anchors), batch)](
         grad_classification,
         grad_bbox_regression,
@@ -424,4 +429,6 @@ def multibox_loss_backward_triton(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return grad_logits, grad_deltas
+    sizes = [level.shape[1] * level.shape[2] for level in levels]
+    pieces = [*grad_logits.split(sizes, dim=1), *grad_deltas.split(sizes, dim=1)]
+    return [out.copy_(piece.view(out.shape)) for out, piece in zip(gradients, pieces, strict=True)]

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.boxmath import decode, iou, load_box, store_box
-from ssdcore.kernels.eager import MAX_LOG_SCALE, round_down
+from ssdcore.kernels.eager import MAX_LOG_SCALE, packed, round_down
 from ssdcore.kernels.selection import compact_k_largest, rank_descending
 from ssdcore.kernels.triton_multibox import row_blocks
 from ssdcore.kernels.triton_nms import resolve_word
@@ -199,8 +199,8 @@ def _image_kernel(
 
 
 def postprocess_detections_triton(
-    cls_logits: Tensor,
-    box_deltas: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
     anchors: Tensor,
     image_sizes: Tensor,
     weights: Sequence[float],
@@ -209,6 +209,7 @@ def postprocess_detections_triton(
     topk_candidates: int,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cls_logits, box_deltas = packed(cls_logits), packed(box_deltas)
     batch, num_anchors, num_classes = cls_logits.shape
     device = cls_logits.device
     topk = min(topk_candidates, num_anchors)

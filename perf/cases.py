@@ -371,14 +371,13 @@ class _Loss:
 
     def eager(self, matched: Tensor) -> list[Tensor]:
         truth = (matched, self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
+        head = [self.logits.unsqueeze(2)], [self.deltas.unsqueeze(2)]  # one level, an anchor a cell
         with torch.no_grad():
-            *losses, lse, selected, scale = eager.multibox_loss(
-                self.logits, self.deltas, *truth, WEIGHTS, 3.0, 1.0, 0, "batch"
-            )
+            *losses, lse, selected, scale = eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
             gradients = eager.multibox_loss_backward(
-                self.one, self.one, self.logits, self.deltas, *truth, lse, selected, scale, WEIGHTS, 1.0
+                self.one, self.one, *head, *truth, lse, selected, scale, WEIGHTS, 1.0
             )
-        return [*losses, *gradients]
+        return [*losses, *(x.squeeze(2) for x in gradients)]
 
     def torchvision(self, matched: list[Tensor]) -> list[Tensor]:
         outputs = {"cls_logits": self.logits.float(), "bbox_regression": self.deltas.float()}
@@ -463,7 +462,9 @@ def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, outputs
         {
             "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
             "torchvision": by_torchvision,
-            "eager": lambda: eager.postprocess_detections(logits, deltas, anchors, image_sizes, *settings),
+            "eager": lambda: eager.postprocess_detections(
+                [logits.unsqueeze(2)], [deltas.unsqueeze(2)], anchors, image_sizes, *settings
+            ),
         },
         reads=(logits,),  # and the candidates' deltas, one in a hundred after training
         difference=same_detections,

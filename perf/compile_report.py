@@ -106,17 +106,16 @@ def launch_all(
     triton_codec.decode_boxes_backward_triton(boxes.float(), boxes, anchors, WEIGHTS)
     triton_match.match_anchors_triton(gt_boxes, gt_offsets, anchors, 0.5)
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
+    head = [logits.unsqueeze(2)], [boxes.unsqueeze(2)]
     for normalizer in ("batch", "image"):
         *_, lse, selected, scale = triton_multibox.multibox_loss_triton(
-            logits, boxes, *truth, WEIGHTS, 3.0, 1.0, min_negatives, normalizer
+            *head, *truth, WEIGHTS, 3.0, 1.0, min_negatives, normalizer
         )
-    triton_multibox.multibox_loss_backward_triton(
-        scalar, scalar, logits, boxes, *truth, lse, selected, scale, WEIGHTS, 1.0
-    )
+    triton_multibox.multibox_loss_backward_triton(scalar, scalar, *head, *truth, lse, selected, scale, WEIGHTS, 1.0)
     for idxs in (None, matched):
         triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, max_detections, 0.01)
     triton_postprocess.postprocess_detections_triton(
-        logits, boxes, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, topk, max_detections
+        *head, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, topk, max_detections
     )
 
 

@@ -31,7 +31,9 @@ def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, t
     scores = torch.rand(BATCH, ANCHORS, generator=generator).to(dtype)
     idxs = torch.randint(0, 3, (BATCH, ANCHORS), generator=generator)
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
-    *_, lse, selected, scale = eager.multibox_loss(logits, deltas, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
+    # One level of 33 cells with an anchor each, and one of 2 cells with 2.
+    head = [[x[:, :33, None].contiguous(), x[:, 33:].unflatten(1, (2, 2)).contiguous()] for x in (logits, deltas)]
+    *_, lse, selected, scale = eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
     grad = torch.tensor(0.7)
     arguments: dict[str, tuple[Any, ...]] = {
         "box_iou": (boxes[0], boxes[1]),
@@ -39,15 +41,37 @@ def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, t
         "decode_boxes": (deltas, anchors, WEIGHTS),
         "decode_boxes_backward": (torch.ones(BATCH, ANCHORS, 4), deltas, anchors, WEIGHTS),
         "match_anchors": (gt_boxes, gt_offsets, anchors, 0.5),
-        "multibox_loss": (logits, deltas, *truth, WEIGHTS, 3.0, 1.0, 1, "image"),
-        "multibox_loss_backward": (grad, grad, logits, deltas, *truth, lse, selected, scale, WEIGHTS, 1.0),
+        "multibox_loss": (*head, *truth, WEIGHTS, 3.0, 1.0, 1, "image"),
+        "multibox_loss_backward": (grad, grad, *head, *truth, lse, selected, scale, WEIGHTS, 1.0),
         "nms": (boxes[0], scores[0], idxs[0], 0.5),
         "batched_nms_padded": (boxes, scores, None, 0.5, 9, 0.1),
-        "postprocess_detections": (logits, deltas, anchors, torch.full((BATCH, 2), 300), WEIGHTS, 0.01, 0.45, 20, 10),
+        "postprocess_detections": (*head, anchors, torch.full((BATCH, 2), 300), WEIGHTS, 0.01, 0.45, 20, 10),
     }
-    return {
-        name: tuple(x.to(device) if isinstance(x, Tensor) else x for x in values) for name, values in arguments.items()
-    }
+    return {name: tuple(each_tensor(values, lambda x: x.to(device))) for name, values in arguments.items()}
+
+
+def each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to its tensors, those in lists too."""
+    if isinstance(value, (list, tuple)):
+        return [each_tensor(x, function) for x in value]
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in `value`, one after the other."""
+    found: list[Tensor] = []
+    each_tensor(value, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+    return found
+
+
+def same(found: Any, expected: Any) -> bool:
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in pairs)
+
+
+def as_maps(levels: list[Tensor], memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
+    """Levels [B, P, a, C] as the maps [B, a * C, P, 1] that a head's convolutions would leave."""
+    return [x.permute(0, 2, 3, 1).flatten(1, 2)[..., None].contiguous(memory_format=memory_format) for x in levels]
 
 
 def test_every_op_is_covered() -> None:
@@ -61,52 +85,51 @@ def test_opcheck(path: Path, name: str, dtype: torch.dtype) -> None:
     arguments = op_arguments(path.device, dtype)[name]
     if name in ("decode_boxes", "multibox_loss"):
         differentiable = 1 if name == "decode_boxes" else 2
-        arguments = tuple(
-            x.detach().requires_grad_() if index < differentiable else x for index, x in enumerate(arguments)
-        )
+        leaves = each_tensor(arguments[:differentiable], lambda x: x.detach().requires_grad_())
+        arguments = (*leaves, *arguments[differentiable:])
     torch.library.opcheck(getattr(ops, name), arguments)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
 def test_the_same_bits_twice(path: Path, name: str) -> None:
-    def run() -> list[Tensor]:
-        result = getattr(ops, name)(*op_arguments(path.device)[name])
-        return [result] if isinstance(result, Tensor) else list(result)
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first.nan_to_num(-1), second.nan_to_num(-1))
+    first, second = (getattr(ops, name)(*op_arguments(path.device)[name]) for _ in range(2))
+    assert same(first, second)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
 def test_strided_input_is_read_right_and_nothing_is_modified(path: Path, name: str) -> None:
     arguments = op_arguments(path.device)[name]
+
     # Every tensor as the even places of one twice as long in each dimension, the rest of it NaN or nonsense.
-    strided = []
-    for value in arguments:
-        if isinstance(value, Tensor) and value.dim():
-            wide = value.new_full([2 * length for length in value.shape], 1 if value.dtype == torch.bool else 99)
-            view = wide[(slice(None, None, 2),) * value.dim()]
-            strided.append(view.copy_(value))
-        else:
-            strided.append(value)
-    expected, found = getattr(ops, name)(*arguments), getattr(ops, name)(*strided)
-    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs)
-    for value, view in zip(op_arguments(path.device)[name], strided, strict=True):
-        assert torch.equal(value, view) if isinstance(value, Tensor) else value == view
+    def spread(value: Tensor) -> Tensor:
+        wide = value.new_full([2 * length for length in value.shape], 1 if value.dtype == torch.bool else 99)
+        return wide[(slice(None, None, 2),) * value.dim()].copy_(value)
+
+    strided = each_tensor(arguments, spread)
+    assert same(getattr(ops, name)(*strided), getattr(ops, name)(*arguments))
+    assert same(strided, op_arguments(path.device)[name])
 
 
 def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
+    def truth(a: dict[str, tuple[Any, ...]]) -> tuple[Tensor, ...]:
+        return a["multibox_loss"][2:7]
+
     return {
         "box_iou": lambda a: kernels.box_iou(*a["box_iou"]),
         "encode_boxes": lambda a: kernels.encode_boxes(*a["encode_boxes"]),
         "decode_boxes": lambda a: kernels.decode_boxes(*a["decode_boxes"]),
         "match_anchors": lambda a: kernels.match_anchors(*a["match_anchors"]),
-        "multibox_loss": lambda a: kernels.multibox_loss(*a["multibox_loss"][:7]),
+        "multibox_loss": lambda a: kernels.multibox_loss(*map(eager.packed, a["multibox_loss"][:2]), *truth(a)),
+        "multibox_loss of maps": lambda a: kernels.multibox_loss(*map(as_maps, a["multibox_loss"][:2]), *truth(a)),
         "nms": lambda a: kernels.nms(*a["nms"][:2], 0.5),
         "batched_nms": lambda a: kernels.batched_nms(*a["nms"]),
         "batched_nms_padded": lambda a: kernels.batched_nms_padded(*a["batched_nms_padded"]),
-        "postprocess_detections": lambda a: kernels.postprocess_detections(*a["postprocess_detections"][:4]),
+        "postprocess_detections": lambda a: kernels.postprocess_detections(
+            *map(eager.packed, a["postprocess_detections"][:2]), *a["postprocess_detections"][2:4]
+        ),
+        "postprocess_detections of maps": lambda a: kernels.postprocess_detections(
+            *map(as_maps, a["postprocess_detections"][:2]), *a["postprocess_detections"][2:4]
+        ),
     }
 
 
@@ -118,8 +141,7 @@ def test_compiles_as_one_graph(path: Path, name: str, monkeypatch: pytest.Monkey
     call, arguments = _public_calls()[name], op_arguments(path.device)
     torch._dynamo.reset()
     expected, found = call(arguments), torch.compile(call, fullgraph=True, backend="aot_eager")(arguments)
-    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert same(found, expected)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
@@ -132,27 +154,33 @@ def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str)
             found = getattr(ops, name)(*arguments)
     finally:
         torch.set_default_dtype(torch.float32)
-    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    assert same(found, expected)
 
 
-def test_a_compiled_training_step_has_the_same_gradients(path: Path) -> None:
+@pytest.mark.parametrize("layout", ["packed", "transposed", "planes", "channels_last"])
+def test_a_compiled_training_step_has_the_same_gradients(path: Path, layout: str) -> None:
+    # What the op returns must be laid out as its fake promises.
     arguments = op_arguments(path.device)
+    levels, truth = arguments["multibox_loss"][:2], arguments["multibox_loss"][2:7]
 
-    def step(logits: Tensor, deltas: Tensor) -> Tensor:
-        losses = kernels.multibox_loss(logits, deltas, *arguments["multibox_loss"][2:7])
-        boxes = kernels.decode_boxes(deltas, arguments["decode_boxes"][1])
+    def outputs(levels: list[Tensor]) -> Any:
+        if layout == "packed":
+            return eager.packed(levels)
+        if layout == "transposed":
+            return eager.packed(levels).transpose(1, 2).contiguous().transpose(1, 2)
+        return as_maps(levels, torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+
+    def step(logits: list[Tensor], deltas: list[Tensor]) -> Tensor:
+        losses = kernels.multibox_loss(outputs(logits), outputs(deltas), *truth)
+        boxes = kernels.decode_boxes(deltas[0].flatten(1, 2), truth[-1][:33])
         return losses.classification + losses.bbox_regression + boxes.square().mean()
 
     torch._dynamo.reset()
     grads = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in arguments["multibox_loss"][:2]]
-        # Strided: what the op returns must be laid out as its fake promises.
-        strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
-        grads.append(torch.autograd.grad(function(*strided), leaves))
-    for expected, found in zip(*grads, strict=True):
-        assert torch.equal(expected, found)
+        leaves = each_tensor(levels, lambda x: x.clone().requires_grad_())
+        grads.append(torch.autograd.grad(function(*leaves), tensors(leaves)))
+    assert same(*grads)
 
 
 any_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(width=32))
@@ -186,6 +214,7 @@ def test_decisions_are_the_same_bits_everywhere(path: Path, floats: st.SearchStr
 
 
 BOXES, SCORES, LOGITS, DELTAS = torch.zeros(7, 4), torch.zeros(7), torch.zeros(2, 7, 3), torch.zeros(2, 7, 4)
+MAP = torch.zeros(2, 4, 1, 7)
 TRUTH = (
     torch.zeros(2, 7, dtype=torch.int64),
     torch.zeros(1, 4),
@@ -285,6 +314,16 @@ TRUTH = (
         ),
         (lambda: kernels.multibox_loss([], [], *TRUTH, BOXES), ValueError, "one map a level each, got 0 and 0"),
         (
+            lambda: kernels.multibox_loss([MAP, MAP.half()], [MAP, MAP], *TRUTH, BOXES),
+            TypeError,
+            "cls_logits[1] must be float32, got float16",
+        ),
+        (
+            lambda: kernels.multibox_loss([MAP, MAP[:1]], [MAP, MAP[:1]], *TRUTH, BOXES),
+            ValueError,
+            "cls_logits[1] must have shape [2, a * C, H, W], got [1, 4, 1, 7]",
+        ),
+        (
             lambda: kernels.multibox_loss([torch.zeros(2, 7, 1, 7)], [torch.zeros(2, 8, 1, 7)], *TRUTH, BOXES),
             ValueError,
             "got 7 and 8",
@@ -323,7 +362,7 @@ def test_errors_name_what_was_expected_and_what_came(call: Callable[[], Any], er
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["match_anchors", "multibox_loss", "batched_nms_padded", "postprocess_detections"])
+@pytest.mark.parametrize("name", sorted(_public_calls().keys() - {"nms", "batched_nms"}))
 def test_never_waits_for_the_gpu_and_can_be_captured(name: str) -> None:
     call, arguments = _public_calls()[name], op_arguments("cuda")
     expected = call(arguments)  # compiles the kernels
@@ -336,8 +375,7 @@ def test_never_waits_for_the_gpu_and_can_be_captured(name: str) -> None:
     with torch.cuda.graph(graph):
         found = call(arguments)
     graph.replay()
-    pairs = [(expected, found)] if isinstance(expected, Tensor) else list(zip(expected, found, strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert same(found, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
