@@ -469,7 +469,8 @@ def _levels(
     logits: list[Tensor] = []
     deltas: list[Tensor] = []
     batch: str | int = "B"
-    cls_dtypes = box_dtypes = _FLOATS
+    cls_dtypes: tuple[torch.dtype, ...] = _FLOATS
+    box_dtypes: tuple[torch.dtype, ...] = _FLOATS
     num_classes, num_anchors = 0, 0
     for level, (cls_map, box_map) in enumerate(zip(cls_logits, box_deltas, strict=True)):
         _check(f"cls_logits[{level}]", cls_map, (batch, "a * C", "H", "W"), cls_dtypes, like=cls_logits[0])

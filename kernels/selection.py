@@ -1,7 +1,7 @@
 """Device code shared by the kernels: the k best of many keys, without sorting them.
 
-A key is a score's bits as int32: non-negative floats order as their bits do. A negative key is no candidate. Equal
-keys go to the lowest index, so a selection is one set, the same on every run.
+A key is a score's bits, as int32, or as the upper half of an int64 whose lower half tells equal scores apart:
+non-negative floats order as their bits do. A negative key is no candidate.
 """
 
 import triton
@@ -9,55 +9,55 @@ import triton.language as tl
 
 
 @triton.jit
-def kth_largest(keys_ptr, num_keys, k, BLOCK: tl.constexpr):
-    """The k-th largest of the keys, and how many are larger; 0 if fewer than k are candidates.
+def limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A limit that at most k of the keys exceed, and how many do: k, or fewer only if equal keys straddle the border.
 
-    Bit by bit from the top: a bit of the answer is set iff at least k keys reach the number it makes. 31 passes
-    over the keys, which stay in the cache, and no memory; none where all candidates are wanted.
+    Bit by bit from TOP_BIT, the highest that any key has: a bit of the k-th largest key is set iff at least k keys
+    reach the number it makes. Ends as soon as exactly k do, which for random keys takes some log2(num_keys) bits
+    beyond those that all have in common. -1 at once where all candidates are wanted. The first BLOCK keys stay in
+    registers, others in the cache.
     """
-    kth = 0
-    if _count_above(keys_ptr, num_keys, -1, BLOCK) > k:
-        for step in range(31):
-            candidate = kth | (1 << (30 - step))
-            kth = tl.where(_count_above(keys_ptr, num_keys, candidate - 1, BLOCK) >= k, candidate, kth)
-    return kth, _count_above(keys_ptr, num_keys, kth, BLOCK)
+    index = tl.arange(0, BLOCK)
+    head = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
+    none = tl.cast(0, head.dtype)
+    kth, bit, one = none, tl.cast(TOP_BIT, head.dtype), none + 1
+    candidates = _count_above(head, keys_ptr, num_keys, none - 1, BLOCK)
+    reaching = candidates
+    while (reaching > k) & (bit >= 0):
+        candidate = kth | (one << bit)
+        count = _count_above(head, keys_ptr, num_keys, candidate - 1, BLOCK)
+        kth = tl.where(count >= k, candidate, kth)
+        reaching = tl.where(count >= k, count, reaching)
+        bit -= 1
+    # More than k reach it still: equal ones, of which none is taken here.
+    straddled = reaching > k
+    above = _count_above(head, keys_ptr, num_keys, kth, BLOCK)
+    return tl.where(straddled, kth, kth - 1), tl.where(straddled, above, reaching)
 
 
 @triton.jit
-def _count_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
+def _count_above(head, keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
     """How many keys are larger than `limit`."""
-    # One sum across the threads at the end, not one a block: it is what a pass takes longest for.
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_keys, BLOCK):
+    count = (head > limit).to(tl.int32)
+    for start in range(BLOCK, num_keys, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-        count += (keys > limit).to(tl.int32)
+        count += (tl.load(keys_ptr + index, mask=index < num_keys, other=-1) > limit).to(tl.int32)
+    # One sum across the threads at the end, not one a block: it is what a pass takes longest for.
     return tl.sum(count)
 
 
 @triton.jit
-def among_k_largest(keys, kth, ties_wanted, ties_seen):
-    """Which of a block of keys are selected, and the ties seen once it is done; blocks come in index order."""
-    tie = (keys == kth).to(tl.int32)
-    tie_rank = ties_seen + tl.cumsum(tie, 0) - tie
-    selected = (keys > kth) | ((tie > 0) & (tie_rank < ties_wanted))
-    return selected & (keys >= 0), ties_seen + tl.sum(tie)
-
-
-@triton.jit
-def compact_k_largest(keys_ptr, num_keys, k, out_keys_ptr, out_index_ptr, BLOCK: tl.constexpr):
-    """Write the k largest keys and their indices, in index order, and return how many there are."""
-    kth, larger = kth_largest(keys_ptr, num_keys, k, BLOCK)
+def compact_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
+    """Move the keys larger than `limit` to the front, in their order, and return how many there are."""
     count = 0
-    ties_seen = 0
     for start in range(0, num_keys, BLOCK):
         index = start + tl.arange(0, BLOCK)
         keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-        selected, ties_seen = among_k_largest(keys, kth, k - larger, ties_seen)
-        one = selected.to(tl.int32)
+        one = (keys > limit).to(tl.int32)
         slot = count + tl.cumsum(one, 0) - one
-        tl.store(out_keys_ptr + slot, keys, mask=selected)
-        tl.store(out_index_ptr + slot, index, mask=selected)
+        # A key may move to where another thread has yet to read.
+        tl.debug_barrier()
+        tl.store(keys_ptr + slot, keys, mask=one > 0)
         count += tl.sum(one)
     # Other threads of the program read what this one wrote.
     tl.debug_barrier()
@@ -65,14 +65,11 @@ def compact_k_largest(keys_ptr, num_keys, k, out_keys_ptr, out_index_ptr, BLOCK:
 
 
 @triton.jit
-def rank_descending(keys_ptr, keys, index, count, BLOCK: tl.constexpr):
-    """The places of `keys`, which stand at `index`, when all `count` keys are sorted: descending, then by index."""
-    rank = tl.zeros_like(index)
+def rank_descending(keys_ptr, keys, count, BLOCK: tl.constexpr):
+    """The places of `keys` when all `count` keys, which are distinct, are sorted, the largest first."""
+    rank = tl.zeros([keys.shape[0]], tl.int32)
     for start in range(0, count, BLOCK):
-        other_index = start + tl.arange(0, BLOCK)
-        others = tl.load(keys_ptr + other_index, mask=other_index < count, other=-1)
-        before = (others[None, :] > keys[:, None]) | (
-            (others[None, :] == keys[:, None]) & (other_index[None, :] < index[:, None])
-        )
-        rank += tl.sum(before.to(tl.int32), axis=1)
+        index = start + tl.arange(0, BLOCK)
+        others = tl.load(keys_ptr + index, mask=index < count, other=-1)
+        rank += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
     return rank

@@ -156,3 +156,53 @@ def test_maps_of_the_head(path: Path) -> None:
     found = postprocess_detections(*maps, anchors.to(path.device), sizes.to(path.device))
     for got, expected in zip(found, run(path, logits, deltas, anchors, sizes), strict=True):
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory_format"),
+    [
+        ({}, torch.contiguous_format),
+        ({"topk_candidates": 7}, torch.channels_last),
+        ({"topk_candidates": 40, "max_detections": 50}, torch.channels_last),
+    ],
+)
+@pytest.mark.parametrize("problem", ["random", "alike", "suppressed", "few", "one class"])
+def test_what_lies_below_the_floor(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: str,
+    settings: dict[str, int],
+    memory_format: torch.memory_format,
+) -> None:
+    # Of small problems nothing would lie below the floor, and no list would be full.
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
+    monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+    monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
+    settings = {"max_detections": 10, "iou_threshold": 0.3, **settings}
+    num_classes = 2 if problem == "one class" else 4
+    generator = torch.Generator().manual_seed(3)
+    # Two levels, of 4 anchors on 6 x 5 cells and 3 anchors on 2 x 3.
+    logits, deltas = (
+        [torch.randn(2, a * width, h, w, generator=generator) for a, h, w in ((4, 6, 5), (3, 2, 3))]
+        for width in (num_classes, 4)
+    )
+    anchors = random_boxes(138, size=100)
+    if problem == "alike":  # equal scores straddle the floor
+        logits = [torch.zeros_like(x) for x in logits]
+    elif problem == "few":  # a dozen candidates
+        logits = [torch.where(x > 2.5, x, -20.0) for x in logits]
+    elif problem in ("suppressed", "one class"):  # all boxes alike but the worst anchor's
+        anchors = torch.tensor([[0.0, 0, 50, 50]]).repeat(138, 1)
+        anchors[4] = torch.tensor([60.0, 60, 90, 90])
+        deltas = [torch.zeros_like(x) for x in deltas]
+        logits[0][:, :num_classes, 0, 1] = 0.0
+        logits[0][:, 0, 0, 1] = 3.0
+    sizes = torch.tensor([[100, 100], [80, 90]])
+    maps = [[x.contiguous(memory_format=memory_format).to(path.device) for x in levels] for levels in (logits, deltas)]
+    found = postprocess_detections(*maps, anchors.to(path.device), sizes.to(path.device), **settings)
+    wide = [[x.double() for x in levels] for levels in (logits, deltas)]
+    expected = postprocess_detections(*wide, anchors, sizes, **settings)
+    assert torch.equal(found.num_detections.cpu(), expected.num_detections)
+    assert torch.equal(found.labels.cpu(), expected.labels)
+    assert_close(found.scores.cpu(), expected.scores)
+    assert_close(found.boxes.cpu(), expected.boxes, scale=100)

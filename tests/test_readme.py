@@ -28,7 +28,7 @@ def test_names_every_op() -> None:
         ("`match_anchors` | 2 and", "triton_match"),
         ("`multibox_loss` | 3 forward, 1 backward", "triton_multibox"),
         ("`batched_nms_padded` | 2 and", "triton_nms"),
-        ("`postprocess_detections` | 3 and", "triton_postprocess"),
+        ("`postprocess_detections` | 4 |", "triton_postprocess"),
     ],
 )
 def test_launches_are_those_of_the_source(row: str, file: str) -> None:
