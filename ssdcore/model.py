@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssdcore.anchors import SSD300_COCO, AnchorConfig, make_anchors
 from ssdcore.backbones import VGG16, Backbone, Tiny, xavier_init
-from ssdcore.kernels import match_anchors, multibox_loss, postprocess_detections
+from ssdcore.kernels import Detections, match_anchors, multibox_loss, postprocess_detections
 
 VGG_MEAN = (0.48235, 0.45882, 0.40784)  # of RGB in 0..1: 123, 117, 104 of 255
 VGG_STD = (1 / 255, 1 / 255, 1 / 255)  # the weights of VGG-16 expect pixels in 0..255
@@ -166,20 +166,28 @@ class SSD(nn.Module):
             min_negatives=self.min_negatives,
         )._asdict()
 
-    def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """What `forward` returns; `sizes` [B, 4] w, h, w, h of the images, on the CPU."""
-        image_size = self.anchor_config.image_size
-        boxes, scores, labels, counts = postprocess_detections(
+    def postprocess(self, cls_logits: list[Tensor], box_deltas: list[Tensor]) -> Detections:
+        """The detections of a batch in the anchors' frame, of fixed shapes.
+
+        Nothing in `postprocess(*predict(batch))` waits for the GPU: it can be captured in a CUDA graph, and compiles
+        as one graph.
+        """
+        return postprocess_detections(
             cls_logits,
             box_deltas,
             self.anchors,
-            self.anchors.new_full((len(sizes), 2), image_size),
+            self.anchors.new_full((len(cls_logits[0]), 2), self.anchor_config.image_size),
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             topk_candidates=self.topk_candidates,
             max_detections=self.max_detections,
-        )  # [B, D, 4] xyxy, [B, D], [B, D], [B]
-        boxes = boxes * (sizes / image_size).to(boxes.device, non_blocking=True)[:, None]
+        )
+
+    def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+        """What `forward` returns; `sizes` [B, 4] w, h, w, h of the images, on the CPU."""
+        boxes, scores, labels, counts = self.postprocess(cls_logits, box_deltas)  # [B, D, 4] xyxy, [B, D], [B, D], [B]
+        scales = (sizes / self.anchor_config.image_size).to(boxes.device, non_blocking=True)  # [B, 4]
+        boxes = boxes * scales[:, None]
         return [
             {"boxes": boxes[b, :count], "labels": labels[b, :count], "scores": scores[b, :count]}
             for b, count in enumerate(counts.tolist())  # the one wait for the GPU

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ssdcore.data import open_dataset
 from ssdcore.detect import detect_dataset
+from ssdcore.kernels import Detections, match_anchors, multibox_loss
 from ssdcore.model import ssd300_tiny, ssd300_vgg16
 from ssdcore.synthetic import make_synthetic
 from ssdcore.train import fit
@@ -64,3 +66,124 @@ def test_targets_may_lie_on_either_device() -> None:
     on_gpu = [{name: value.cuda() for name, value in target.items()} for target in targets]
     for name, loss in model(images, on_gpu).items():
         torch.testing.assert_close(loss, losses[name])
+
+
+def test_the_whole_criterion_is_captured_with_its_gradients() -> None:
+    # Matching, loss and gradients of all six maps, replayed for other images than were captured.
+    model = ssd300_tiny(4)
+    anchors = model.anchors.cuda()
+    shapes = [(4, 38), (6, 19), (6, 10), (6, 5), (4, 3), (4, 1)]
+
+    def problem(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        maps = [
+            [torch.randn(2, a * width, side, side, generator=generator).bfloat16().cuda() for a, side in shapes]
+            for width in (4, 4)
+        ]
+        maps = [[x.contiguous(memory_format=torch.channels_last) for x in levels] for levels in maps]
+        corner = torch.rand(5, 2, generator=generator) * 200
+        gt_boxes = torch.cat((corner, corner + 20 + torch.rand(5, 2, generator=generator) * 80), dim=1)
+        offsets = torch.tensor([0, seed, 5])
+        return *maps, [x.cuda() for x in (gt_boxes, torch.tensor([1, 2, 3, 1, 2]), offsets)]
+
+    def criterion(logits: list[Tensor], deltas: list[Tensor], truth: list[Tensor]) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in (*logits, *deltas)]
+        matched = match_anchors(truth[0], truth[2], anchors)
+        losses = multibox_loss(logits, deltas, matched, *truth, anchors)
+        return [*losses, *torch.autograd.grad(losses.classification + losses.bbox_regression, leaves)]
+
+    given = problem(1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        criterion(*given)  # compiles the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            criterion(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = criterion(*given)
+    other = problem(4)
+    with torch.no_grad():
+        for mine, theirs in zip(given, other, strict=True):
+            for x, y in zip(mine, theirs, strict=True):
+                x.copy_(y)
+    graph.replay()
+    for a, b in zip(found, criterion(*other), strict=True):
+        assert torch.equal(a, b)
+    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in found[2:])
+
+
+@torch.no_grad()
+def test_the_whole_inference_is_captured() -> None:
+    model = ssd300_tiny(4).eval().cuda().to(memory_format=torch.channels_last)
+    batch, other = (torch.rand(2, 3, 300, 300, device="cuda") for _ in range(2))
+
+    def infer() -> Detections:
+        return model.postprocess(*model.predict(batch))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        infer()  # compiles the kernels, chooses convolutions
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            infer()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = infer()
+    batch.copy_(other)
+    graph.replay()
+    for a, b in zip(found, infer(), strict=True):
+        torch.testing.assert_close(a, b)  # convolutions may differ in their last bits
+
+
+@torch.no_grad()
+def test_inference_compiles_with_cuda_graphs() -> None:
+    model = ssd300_tiny(4).eval().cuda()
+
+    def infer(batch: Tensor) -> Detections:
+        return model.postprocess(*model.predict(batch))
+
+    compiled = torch.compile(infer, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm up, record, replay
+        batch = torch.rand(2, 3, 300, 300, device="cuda")
+        found, expected = compiled(batch), infer(batch)
+        assert torch.equal(found.num_detections, expected.num_detections)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-2, atol=1e-3)  # fused convolutions in TF32
+
+
+def test_a_training_step_makes_no_copy_of_its_maps() -> None:
+    # Beyond the gradients: 9 bytes an anchor and the matches, not the megabytes of a packed copy.
+    anchors = ssd300_tiny(4).anchors.cuda()
+    shapes = [(4, 38), (6, 19), (6, 10), (6, 5), (4, 3), (4, 1)]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        logits, deltas = (
+            [
+                torch.randn(8, a * width, side, side, device="cuda")
+                .contiguous(memory_format=memory_format)
+                .requires_grad_()
+                for a, side in shapes
+            ]
+            for width in (81, 4)
+        )
+        gt_boxes = torch.tensor([[20.0, 30, 200, 180]] * 8, device="cuda")
+        labels, offsets = torch.ones(8, dtype=torch.int64, device="cuda"), torch.arange(9, device="cuda")
+        matched = match_anchors(gt_boxes, offsets, anchors)
+
+        def step() -> tuple[Tensor, ...]:
+            losses = multibox_loss(logits, deltas, matched, gt_boxes, labels, offsets, anchors)  # noqa: B023
+            return torch.autograd.grad(losses.classification + losses.bbox_regression, [*logits, *deltas])  # noqa: B023
+
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grads = step()
+        made = sum(grad.numel() * grad.element_size() for grad in grads)
+        assert torch.cuda.max_memory_allocated() - before < made + 8 * 8732 * 16 + 2**20

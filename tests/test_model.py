@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssdcore.anchors import SSD300_VOC
+from ssdcore.kernels import Detections
 from ssdcore.model import SSD, ssd300_tiny, ssd300_vgg16
 
 torchvision = pytest.importorskip("torchvision")
@@ -166,6 +167,20 @@ def test_images_without_objects_have_a_finite_loss() -> None:
     model = ssd300_tiny(NUM_CLASSES)
     losses = model(torch.rand(1, 3, 300, 300), TARGETS[1:2])
     assert losses["classification"].item() == 0 and losses["bbox_regression"].item() == 0
+
+
+@torch.no_grad()
+def test_inference_compiles_as_one_graph() -> None:
+    model = ssd300_tiny(4).eval()
+    batch = torch.rand(2, 3, 300, 300)
+
+    def infer(batch: Tensor) -> Detections:
+        return model.postprocess(*model.predict(batch))
+
+    expected = infer(batch)
+    assert expected.num_detections.min() > 0
+    for found, wanted in zip(torch.compile(infer, fullgraph=True, backend="aot_eager")(batch), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_ops_read_bf16_maps() -> None:

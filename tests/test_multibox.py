@@ -245,3 +245,4 @@ def test_maps_of_the_head(path: Path, memory_format: torch.memory_format) -> Non
     assert [x.cpu() for x in losses] == packed_losses
     for grad, expected in zip(grads, as_maps(packed_grads[0]) + as_maps(packed_grads[1]), strict=True):
         assert torch.equal(grad, expected)
+        assert grad.is_contiguous(memory_format=memory_format)

@@ -1,0 +1,63 @@
+"""The kernels read a head's outputs where they lie."""
+
+import pytest
+import torch
+
+from ssdcore.kernels import functional
+
+head = pytest.importorskip("ssdcore.kernels.head")
+
+
+def outputs(memory_format: torch.memory_format) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Two levels, of 2 anchors on 3 x 4 cells and 3 anchors on one, of 5 classes."""
+    logits, deltas = (
+        [torch.randn(2, a * width, h, w).contiguous(memory_format=memory_format) for a, h, w in ((2, 3, 4), (3, 1, 1))]
+        for width in (5, 4)
+    )
+    return logits, deltas
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_are_not_copied(memory_format: torch.memory_format) -> None:
+    logits, deltas = outputs(memory_format)
+    views = head.Head.of(*functional._levels(logits, deltas)[:2])
+    assert views.planes == (memory_format == torch.contiguous_format)
+    for view, given in zip(views.logits + views.deltas, logits + deltas, strict=True):
+        assert view.data_ptr() == given.data_ptr()
+    assert (views.cells, views.per_cell) == ((12, 1), (2, 3))
+
+
+def test_packed_outputs_are_not_copied() -> None:
+    logits, deltas = torch.randn(2, 9, 5), torch.randn(2, 9, 4)
+    views = head.Head.of(*functional._levels(logits, deltas)[:2])
+    assert not views.planes
+    assert [x.data_ptr() for x in views.logits + views.deltas] == [logits.data_ptr(), deltas.data_ptr()]
+
+
+def test_a_level_of_packed_outputs_is_read_in_place() -> None:
+    # A slice: an image's rows are dense, the images are not.
+    logits, deltas = torch.randn(2, 9, 5)[:, 2:7], torch.randn(2, 9, 4)[:, 2:7]
+    views = head.Head.of(*functional._levels(logits, deltas)[:2])
+    assert [x.data_ptr() for x in views.logits + views.deltas] == [logits.data_ptr(), deltas.data_ptr()]
+    assert views.strides == ((45,), (36,))
+
+
+def test_what_lies_in_neither_layout_is_copied() -> None:
+    logits, _ = outputs(torch.channels_last)
+    _, deltas = outputs(torch.contiguous_format)
+    levels = functional._levels(logits, deltas)[:2]
+    views = head.Head.of(*levels)
+    assert not views.planes
+    for view, given in zip(views.logits + views.deltas, [*levels[0], *levels[1]], strict=True):
+        assert view[0].is_contiguous()
+        assert torch.equal(view, given)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 21, 32, 33, 81, 91, 320, 1204, 5000])
+def test_a_tile_holds_all_classes_and_wastes_little(num_classes: int) -> None:
+    anchors, chunk = head.tile(num_classes)
+    columns = -(-num_classes // chunk) * chunk
+    assert anchors >= 1 and anchors & (anchors - 1) == 0
+    assert columns < num_classes + chunk
+    assert columns <= max(32, 1.25 * num_classes + 32)
+    assert anchors == 1 or anchors * columns <= head.TILE
