@@ -1,14 +1,23 @@
 """Greedy NMS of a batch of images, aware of classes.
 
-Two launches after a sort by score:
+Boxes are sorted by class, then by score; the rows of a class are a chain, in which a row hangs on those before it.
+Then two launches and a fill:
 
-1. Mask. A program takes 32 boxes (one word of bits) and a block of the boxes before them, and packs into one int32
-   for each of the latter which of the 32 it would suppress: IoU above the threshold, same class, lower score.
-2. Resolve. A program an image walks the words in order. A word's boxes are suppressed by the kept ones before it, an
-   OR over the mask's row; among the 32 themselves the answer is the fixpoint of "kept iff no kept better one
-   suppresses it", which greedy NMS is the only one of. Kept boxes go straight to their place in the output.
+1. Settle. A program owns a block of 128 consecutive rows. It compares them with each other and, where a chain comes in
+   from the block before, with that block's rows, into words of bits: for every row, which of them would suppress it.
+   Then it follows the chain: as each earlier block publishes what it kept, it compares its rows with these boxes. Of
+   the block just before it only has to learn the bits. What is kept among its own rows is the fixpoint of "kept iff
+   no kept better one suppresses it", which greedy NMS is the only one of. It publishes the bits, for the block after
+   it, and then the boxes, for all later ones.
+2. Collect. A program an image walks the rows by score and writes the first `max_output` kept.
 
-Scratch memory: B * N * N / 8 bytes of mask, of which the half that concerns earlier boxes is written and read.
+No two classes are compared, and a block into which no chain comes waits for nobody. In a chain each block waits for the
+one before it, from bits to bits: an atomic's way back, a few rounds of the fixpoint of some 60 instructions and two
+exchanges through shared memory, and an atomic's way out. That is expected to take 1 to 1.5 µs, and a chain of N boxes
+N / 128 times as long; all other comparisons are made meanwhile.
+
+Reads each row twice; a kept box is read by the later blocks of its chain, from the cache. Scratch memory beside the
+sort's: 34 bytes a box (a sorted copy of the box, the list of kept ones, the bits and a flag).
 """
 
 import torch
@@ -16,12 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import iou, load_box, load_one_box
+from ssdcore.kernels.boxmath import load_box, load_one_box, store_box
 from ssdcore.kernels.eager import round_down, sort_key
 
-WORD = 32  # boxes a word of the mask
-MASK_BLOCK = 1024  # boxes a program of the mask at most: eight a thread at four warps, a word of each in a register
-RESOLVE_BLOCK = 256  # boxes a step of the resolve: their words, taken apart into bits, are 64 registers a thread
+BLOCK = 128  # rows a program: one a thread at four warps, so that suppression and its bits stay in the thread
+LIST_BLOCK = 8  # kept boxes compared at once: eight pairs a thread
+COLLECT_BLOCK = 4096  # rows a step of the collection: 8 a thread at sixteen warps, three steps at 8732
+PUBLISHED = 1 << 32  # marks a word of bits that has been written: zero is a word as well
 
 
 @triton.jit
@@ -45,86 +55,229 @@ def resolve_word(alive, suppresses):
 
 
 @triton.jit
-def _suppression_kernel(
-    boxes_ptr,  # [B, N, 4] xyxy, by descending score
-    classes_ptr,  # [B, N], or anything if not BY_CLASS
-    candidates_ptr,  # int64 [B]: how many of the image's boxes take part
-    mask_ptr,  # int32 [B, words, words * 32]: at [w, i], the boxes of word w that box i would suppress
-    num_boxes,
-    num_words,
-    iou_threshold,
-    BY_CLASS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    word, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    candidates = tl.load(candidates_ptr + image).to(tl.int32)
-    first = tl.program_id(1) * BLOCK
-    # A box suppresses only those after it: of a word's row the part up to the word itself is used.
-    if (word * 32 < candidates) & (first < word * 32 + 32):
-        boxes_ptr += image * num_boxes * 4
-        classes_ptr += image * num_boxes
-        box = first + tl.arange(0, BLOCK)
-        mask = box < candidates
-        ax1, ay1, ax2, ay2 = load_box(boxes_ptr, box, mask)
-        if BY_CLASS:
-            box_class = tl.load(classes_ptr + box, mask=mask, other=0)
-        suppresses = tl.zeros([BLOCK], tl.int32)
-        # Bit by bit with a word a lane: packing a tile of comparisons would need exchange between lanes.
-        for bit in range(32):
-            other = word * 32 + bit
-            bx1, by1, bx2, by2 = load_one_box(boxes_ptr, other, other < candidates)
-            over = (iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2) > iou_threshold) & (box < other)
-            if BY_CLASS:
-                over &= box_class == tl.load(classes_ptr + other, mask=other < candidates, other=0)
-            suppresses |= over.to(tl.int32) << bit
-        row = image * num_words + word
-        tl.store(mask_ptr + row * num_words * 32 + box, suppresses, mask=box < num_words * 32)
+def iou_or_zero(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """`boxmath.iou`, but 0 where boxes do not intersect."""
+    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+    intersection = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    meet = intersection > 0
+    # Most pairs do not meet, and IEEE division has a slow path for a dividend of zero: divide something else there.
+    return tl.where(meet, tl.div_rn(tl.where(meet, intersection, 1.0), union), 0.0)
 
 
 @triton.jit
-def _resolve_kernel(
-    mask_ptr,  # int32 [B, words, words * 32]
-    order_ptr,  # int64 [B, N]: the box at each place of the sorted ones
-    candidates_ptr,  # int64 [B]
-    kept_words_ptr,  # int32 [B, words]
-    kept_ptr,  # int64 [B, max_output], -1 at first
+def _suppressors(
+    boxes_ptr, classes_ptr, begin, num_boxes, x1, y1, x2, y2, own_class, iou_threshold,
+    BY_CLASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which of the BLOCK rows from `begin` on overlap each own row: int32 [BLOCK / 32, BLOCK], a bit a row."""
+    word = tl.arange(0, BLOCK // 32)
+    words = tl.zeros([BLOCK // 32, BLOCK], tl.int32)
+    # Bit by bit with a word a register: packing a tile of comparisons would need exchange between threads.
+    for bit in range(32):
+        other = tl.minimum(begin + word * 32 + bit, num_boxes - 1)  # what stands for a row outside is never kept
+        bx1, by1, bx2, by2 = load_one_box(boxes_ptr, other, True)
+        over = iou_threshold < iou_or_zero(
+            x1[None, :], y1[None, :], x2[None, :], y2[None, :],
+            bx1[:, None], by1[:, None], bx2[:, None], by2[:, None],
+        )  # fmt: skip
+        if BY_CLASS:
+            over &= tl.load(classes_ptr + other)[:, None] == own_class[None, :]
+        words |= over.to(tl.int32) << bit
+    return words
+
+
+@triton.jit
+def _first_of_class(classes_ptr, own_class, row):
+    """The first row of `own_class`, which `row` is of."""
+    low = 0
+    high = row
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(classes_ptr + middle) < own_class
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _pack(flags, BLOCK: tl.constexpr):
+    """Flags [BLOCK] as words of bits, int32 [BLOCK / 32]."""
+    word = tl.arange(0, BLOCK // 32)
+    column = tl.arange(0, BLOCK)
+    # Every thread in every word's sum, not 32 threads a word: so all threads know all words after one exchange.
+    bits = flags.to(tl.int32) << (column % 32)
+    return tl.sum(tl.where((column // 32)[None, :] == word[:, None], bits[None, :], 0), axis=1)
+
+
+@triton.jit
+def _met(suppressors, kept):
+    """Which columns of words `suppressors` [W, BLOCK] have a bit of `kept` [W] set."""
+    return tl.max(((suppressors & kept[:, None]) != 0).to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def _settle_kernel(
+    boxes_ptr,  # [B, N, 4] xyxy, by class, then by descending score
+    classes_ptr,  # [B, N], or anything if not BY_CLASS
+    places_ptr,  # int64 [B, N]: each row's place by score alone, or anything if not BY_CLASS
+    keys_ptr,  # [B, N]: scores by place, -inf of what is no candidate; or anything if not BY_SCORE
+    ticket_ptr,  # int64 [1], zero at first
+    words_ptr,  # int64 [B, blocks, BLOCK / 32], zero at first: which rows a block kept, and PUBLISHED
+    counts_ptr,  # int64 [B, blocks], zero at first: how many of its last class a block kept, and one
+    list_ptr,  # fp32 [B, blocks, BLOCK, 4]: these boxes
+    kept_ptr,  # bool [B, N], by place
+    batch,
+    num_boxes,
+    num_blocks,
+    max_output,
+    iou_threshold,
+    BY_CLASS: tl.constexpr,
+    BY_SCORE: tl.constexpr,
+    PUBLISHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
+):
+    # Tickets say who does what, and not program_id: a block waits for earlier tickets only, whose programs run already.
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    image = ticket % batch  # int64, and so are the rows before it
+    block = (ticket // batch).to(tl.int32)
+    boxes_ptr += image * num_boxes * 4
+    classes_ptr += image * num_boxes
+    places_ptr += image * num_boxes
+    keys_ptr += image * num_boxes
+    kept_ptr += image * num_boxes
+    first_block = image * num_blocks  # of the image
+
+    begin = block * BLOCK
+    row = begin + tl.arange(0, BLOCK)
+    inside = row < num_boxes
+    word = tl.arange(0, BLOCK // 32)
+    x1, y1, x2, y2 = load_box(boxes_ptr, row, inside)
+    own_class = row
+    of_first = inside
+    # Does a chain come in? (A single block is a constant to Triton, which then leaves out all the waiting.)
+    goes_on = (block > 0) & (num_blocks > 1)
+    if BY_CLASS:
+        own_class = tl.load(classes_ptr + row, mask=inside, other=0)
+        first_class = tl.load(classes_ptr + begin)
+        of_first &= own_class == first_class
+        goes_on &= tl.load(classes_ptr + tl.maximum(begin, 1) - 1) == first_class
+    alive = inside
+    if BY_SCORE:
+        place, first_place = row, begin
+        if BY_CLASS:
+            place, first_place = tl.load(places_ptr + row, mask=inside, other=0), tl.load(places_ptr + begin)
+        alive &= tl.load(keys_ptr + place, mask=inside, other=-float("inf")) > -float("inf")
+        # Of a class the best come first: if this is no candidate, then the others are none either.
+        goes_on &= tl.load(keys_ptr + first_place) > -float("inf")
+    within = _suppressors(
+        boxes_ptr, classes_ptr, begin, num_boxes, x1, y1, x2, y2, own_class, iou_threshold, BY_CLASS, BLOCK
+    )
+    # Only better rows suppress: of each word as many bits as there are.
+    better = (row - begin)[None, :] - word[:, None] * 32
+    within &= tl.where(better < 32, (1 << tl.minimum(tl.maximum(better, 0), 31)) - 1, -1)
+
+    if goes_on:
+        from_previous = _suppressors(
+            boxes_ptr, classes_ptr, begin - BLOCK, num_boxes, x1, y1, x2, y2, own_class, iou_threshold, BY_CLASS, BLOCK
+        )  # fmt: skip
+        suppressed = tl.zeros([BLOCK], tl.int32)
+        num_kept = 0
+        earlier = 0  # at first the block in which the chain begins
+        if BY_CLASS:
+            earlier = _first_of_class(classes_ptr, first_class, begin) // BLOCK
+        # A chain that has given all that can be returned needs no more comparisons.
+        while (earlier < block - 1) & (num_kept < max_output):
+            # Acquire: the boxes listed before the count are seen after it. An atomic, which one thread does and tells
+            # the others: with a load of its own, each thread could leave the loop at another time.
+            count = tl.atomic_add(counts_ptr + first_block + earlier, 0, sem="acquire")
+            while count == 0:
+                count = tl.atomic_add(counts_ptr + first_block + earlier, 0, sem="acquire")
+            count = count.to(tl.int32) - 1
+            for first in range(0, count, LIST_BLOCK):
+                entry = first + tl.arange(0, LIST_BLOCK)
+                entries_ptr = list_ptr + ((first_block + earlier) * BLOCK + first) * 4
+                # Without a mask, so that one address serves all: what lies behind the last entry does not count.
+                bx1, by1, bx2, by2 = load_one_box(entries_ptr, tl.arange(0, LIST_BLOCK), True)
+                over = iou_threshold < iou_or_zero(
+                    x1[None, :], y1[None, :], x2[None, :], y2[None, :],
+                    bx1[:, None], by1[:, None], bx2[:, None], by2[:, None],
+                )  # fmt: skip
+                suppressed |= tl.max((over & (entry < count)[:, None]).to(tl.int32), axis=0)
+            num_kept += count
+            earlier += 1
+        if num_kept < max_output:
+            previous_ptr = words_ptr + (first_block + block - 1) * (BLOCK // 32) + word
+            # Relaxed: the word is all there is to see. Atomic for the same reason.
+            previous = tl.atomic_add(previous_ptr, tl.zeros_like(word).to(tl.int64), sem="relaxed")
+            while tl.min(previous) == 0:
+                previous = tl.atomic_add(previous_ptr, tl.zeros_like(word).to(tl.int64), sem="relaxed")
+            suppressed |= _met(from_previous, previous.to(tl.int32)).to(tl.int32)
+        else:
+            suppressed |= 1
+        alive &= (suppressed == 0) | ~of_first
+
+    kept = alive
+    changed = 1
+    # Row i of the block is settled after i + 1 rounds at the latest; a few do for real boxes.
+    while changed != 0:
+        before = kept
+        kept = alive & ~_met(within, _pack(before, BLOCK))
+        changed = tl.max((kept ^ before).to(tl.int32))
+    kept_words = _pack(kept, BLOCK)
+    block_ptr = words_ptr + (first_block + block) * (BLOCK // 32) + word
+    # Relaxed, the word being all there is to see; atomic, so that no cache holds it back.
+    tl.atomic_xchg(block_ptr, (kept_words.to(tl.int64) & 0xFFFFFFFF) | PUBLISHED, sem="relaxed")
+
+    of_last = inside
+    if BY_CLASS:
+        last_class = tl.load(classes_ptr + tl.minimum(begin + BLOCK, num_boxes) - 1)
+        of_last &= tl.load(classes_ptr + row, mask=inside, other=0) == last_class
+    listed = (kept & of_last).to(tl.int32)
+    count = tl.sum(listed)
+    slot = tl.cumsum(listed, 0) - listed
+    store_box(list_ptr + (first_block + block) * BLOCK * 4, slot, x1, y1, x2, y2, listed != 0)
+    # Every thread's part of the list is stored before one thread publishes it.
+    tl.debug_barrier()
+    # Release: whoever sees the count sees the list.
+    tl.atomic_xchg(counts_ptr + first_block + block, count.to(tl.int64) + 1, sem="release")
+    kept_place = row
+    if BY_CLASS:
+        kept_place = tl.load(places_ptr + row, mask=inside, other=0)
+    tl.store(kept_ptr + kept_place, kept, mask=inside)
+
+
+@triton.jit
+def _collect_kernel(
+    kept_ptr,  # bool [B, N], by place
+    order_ptr,  # int64 [B, N]: the box at each place
+    output_ptr,  # int64 [B, max_output]
     num_kept_ptr,  # int32 [B]
     num_boxes,
-    num_words,
     max_output,
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    candidates = tl.load(candidates_ptr + image).to(tl.int32)
-    mask_ptr += image * num_words * num_words * 32
+    kept_ptr += image * num_boxes
     order_ptr += image * num_boxes
-    kept_words_ptr += image * num_words
-    kept_ptr += image * max_output
-    bit = tl.arange(0, 32)
+    output_ptr += image * max_output
     num_kept = 0
-    word = 0
-    while (word * 32 < candidates) & (num_kept < max_output):
-        row_ptr = mask_ptr + tl.cast(word, tl.int64) * num_words * 32
-        suppressed = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, word * 32, BLOCK):
-            box = start + tl.arange(0, BLOCK)
-            earlier = box < word * 32
-            kept = (tl.load(kept_words_ptr + box // 32, mask=earlier, other=0) >> (box % 32)) & 1
-            suppressed |= tl.where(kept != 0, tl.load(row_ptr + box, mask=earlier, other=0), 0)
-        box = word * 32 + bit
-        present = tl.sum((box < candidates).to(tl.int32) << bit)
-        alive = present & ~_or_of_all(suppressed)
-        kept_word = resolve_word(alive, tl.load(row_ptr + box))
-        tl.store(kept_words_ptr + word, kept_word)
-        # The words after this one read, from other threads, what was just written.
-        tl.debug_barrier()
-        kept = (kept_word >> bit) & 1
+    begin = 0
+    while (begin < num_boxes) & (num_kept < max_output):
+        place = begin + tl.arange(0, BLOCK)
+        kept = tl.load(kept_ptr + place, mask=place < num_boxes, other=0).to(tl.int32)
         slot = num_kept + tl.cumsum(kept, 0) - kept
-        index = tl.load(order_ptr + box, mask=kept != 0, other=0)
-        tl.store(kept_ptr + slot, index, mask=(kept != 0) & (slot < max_output))
+        box = tl.load(order_ptr + place, mask=kept != 0, other=0)
+        tl.store(output_ptr + slot, box, mask=(kept != 0) & (slot < max_output))
         num_kept += tl.sum(kept)
-        word += 1
-    tl.store(num_kept_ptr + image, tl.minimum(num_kept, max_output))
+        begin += BLOCK
+    num_kept = tl.minimum(num_kept, max_output)
+    tl.store(num_kept_ptr + image, num_kept)
+    for begin in range(num_kept, max_output, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        tl.store(output_ptr + slot, tl.full([BLOCK], -1, tl.int64), mask=slot < max_output)
 
 
 def batched_nms_padded_triton(
@@ -137,54 +290,61 @@ def batched_nms_padded_triton(
 ) -> tuple[Tensor, Tensor]:
     batch, num_boxes = scores.shape
     device = boxes.device
-    kept = torch.full((batch, max_output), -1, dtype=torch.int64, device=device)
-    num_kept = torch.zeros(batch, dtype=torch.int32, device=device)
-    if kept.numel() == 0 or num_boxes == 0:
-        return kept, num_kept
+    if batch * max_output * num_boxes == 0:
+        output = torch.full((batch, max_output), -1, dtype=torch.int64, device=device)
+        return output, torch.zeros(batch, dtype=torch.int32, device=device)
 
-    key = sort_key(scores)
-    if score_threshold is None:
-        candidates = torch.full((batch,), num_boxes, device=device)
-    else:
-        candidate = key > score_threshold
-        candidates = candidate.sum(dim=1)
-        key = key.masked_fill(~candidate, -torch.inf)  # behind every candidate, which -inf cannot be
-    order = key.argsort(dim=1, descending=True, stable=True)
-    boxes = boxes.take_along_dim(order[..., None], dim=1)
-    classes = boxes if idxs is None else idxs.take_along_dim(order, dim=1)
+    keys = sort_key(scores)
+    if score_threshold is not None:
+        keys = torch.where(keys > score_threshold, keys, -torch.inf)  # behind every candidate, which -inf cannot be
+    keys, order = keys.sort(dim=1, descending=True, stable=True)
+    rows = places = classes = order
+    if idxs is not None:
+        classes, places = idxs.take_along_dim(order, dim=1).sort(dim=1, stable=True)
+        rows = order.take_along_dim(places, dim=1)
+    boxes = boxes.take_along_dim(rows[..., None], dim=1)
 
-    num_words = triton.cdiv(num_boxes, WORD)
-    block = min(MASK_BLOCK, max(128, triton.next_power_of_2(num_boxes)))
-    mask = torch.empty(batch, num_words, num_words * WORD, dtype=torch.int32, device=device)
-    _suppression_kernel[(num_words, triton.cdiv(num_boxes, block), batch)](
+    num_blocks, words = triton.cdiv(num_boxes, BLOCK), BLOCK // 32
+    cells = torch.zeros(1 + batch * num_blocks * (words + 1), dtype=torch.int64, device=device)
+    ticket, words_cells, counts = cells.split((1, batch * num_blocks * words, batch * num_blocks))
+    kept = torch.empty(batch, num_boxes, dtype=torch.bool, device=device)
+    _settle_kernel[(batch * num_blocks,)](
         boxes,
         classes,
-        candidates,
-        mask,
+        places,
+        keys,
+        ticket,
+        words_cells,
+        counts,
+        torch.empty(batch, num_blocks, BLOCK, 4, dtype=torch.float32, device=device),
+        kept,
+        batch,
         num_boxes,
-        num_words,
+        num_blocks,
+        max_output,
         round_down(iou_threshold),
         BY_CLASS=idxs is not None,
-        BLOCK=block,
+        BY_SCORE=score_threshold is not None,
+        PUBLISHED=PUBLISHED,
+        BLOCK=BLOCK,
+        LIST_BLOCK=LIST_BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    kept_words = torch.empty(batch, num_words, dtype=torch.int32, device=device)
-    _resolve_kernel[(batch,)](
-        mask,
-        order,
-        candidates,
-        kept_words,
+    output = torch.empty(batch, max_output, dtype=torch.int64, device=device)
+    num_kept = torch.empty(batch, dtype=torch.int32, device=device)
+    _collect_kernel[(batch,)](
         kept,
+        order,
+        output,
         num_kept,
         num_boxes,
-        num_words,
         max_output,
-        BLOCK=RESOLVE_BLOCK,
-        num_warps=4,
+        BLOCK=COLLECT_BLOCK,
+        num_warps=16,
         enable_fp_fusion=False,
     )
-    return kept, num_kept
+    return output, num_kept
 
 
 def nms_triton(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:

@@ -97,6 +97,49 @@ def test_a_thousand_truths(path: Path) -> None:
     assert torch.equal(match(path, gt_boxes, [count], anchors)[0], expected)
 
 
+# Around the eight truths that are compared at once, and the thirty-two that claim at once.
+@pytest.mark.parametrize("count", [7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65])
+def test_truths_at_the_edges_of_what_is_done_at_once(path: Path, count: int) -> None:
+    gt_boxes, anchors = random_boxes(2 * count, seed=count), random_boxes(260, seed=2)
+    matched = match(path, gt_boxes, [count, count], anchors)
+    for own, row in zip(gt_boxes.split(count), matched, strict=True):
+        overlap = torchvision.ops.box_iou(own, anchors)
+        assert (overlap.max(1).values > 0).all()
+        assert torch.equal(row, SSDMatcher(0.5)(overlap))
+
+
+@pytest.mark.parametrize("count", [8, 9, 31, 32, 33, 64, 65, 97])
+def test_of_equal_truths_anywhere_the_lowest_matches_and_the_last_claims(path: Path, count: int) -> None:
+    # The second and the last anchor are claimed by the truths in turn, and the others overlap them less.
+    anchors = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 59], [50, 50, 60, 60]])
+    gt_boxes = anchors[[1, 3]].repeat(count, 1)[:count]
+    last = [(count - 1) // 2 * 2, (count - 2) // 2 * 2 + 1]
+    assert match(path, gt_boxes, [count], anchors).tolist() == [[0, last[0], 1, last[1]]]
+
+
+def test_more_blocks_of_anchors_than_are_reduced_at_once(path: Path) -> None:
+    # 66 blocks of 256: the best is in the last; equal ones are in the first 64 and after; alone in one before.
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    anchors = (1000 + box).repeat(65 * 256 + 3, 1)
+    anchors[-1], anchors[100] = box + 100, box + 100 + torch.tensor([0, 0, 0, 5])
+    anchors[[300, 65 * 256]] = box + 200 + torch.tensor([0, 0, 10, 0])
+    anchors[700] = box + 300 + torch.tensor([0, 0, 10, 0])
+    matched = match(path, torch.cat((box + 100, box + 200, box + 300)), [3], anchors, threshold=0.6)
+    expected = torch.full_like(matched, -1)
+    expected[0, [100, 300, 700, len(anchors) - 1]] = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(matched, expected)
+
+
+def test_truths_of_the_second_image_only(path: Path) -> None:
+    # Rows 0 to 9 and the last belong to no image, and would match if they did.
+    anchors = random_boxes(300, seed=2)
+    gt_boxes = torch.cat((anchors[:10], random_boxes(9, seed=1), anchors[:1]))
+    offsets = torch.tensor([10, 10, 19])
+    matched = match_anchors(*(x.to(path.device) for x in (gt_boxes, offsets, anchors))).cpu()
+    expected = SSDMatcher(0.5)(torchvision.ops.box_iou(gt_boxes[10:19], anchors))
+    assert torch.equal(matched, torch.stack((torch.full_like(expected, -1), expected)))
+
+
 def test_empty_batch_and_no_truth(path: Path) -> None:
     anchors, none = random_boxes(5), torch.zeros(0, 4)
     assert match(path, none, [], anchors).shape == (0, 5)

@@ -5,7 +5,7 @@ from conftest import Path
 from helpers import random_boxes
 from torch import Tensor
 
-from ssdcore.kernels import batched_nms, batched_nms_padded, nms
+from ssdcore.kernels import batched_nms, batched_nms_padded, eager, nms
 from ssdcore.testing import reference
 
 
@@ -35,6 +35,107 @@ def test_a_chain_in_which_each_suppresses_the_next(path: Path) -> None:
     start = torch.arange(200.0)
     boxes = torch.stack((start, torch.zeros(200), start + 3, torch.ones(200)), dim=1)  # neighbours: IoU 2/4
     assert run_nms(path, boxes, -start, 0.4).tolist() == list(range(0, 200, 2))
+
+
+# Where chains of one class stand among blocks of 128 rows: one through six; from edge to edge; from inside a block to
+# inside another, next to each other and with blocks between; none.
+@pytest.mark.parametrize(
+    "sizes", [[700], [128, 128, 256, 130], [60, 500, 140], [100, 200, 200, 200], [127, 258, 1, 300], [20] * 30], ids=str
+)
+def test_chains_through_blocks(path: Path, sizes: list[int]) -> None:
+    total, images = sum(sizes), 2
+    generator = torch.Generator().manual_seed(len(sizes))
+    idxs = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) - 2  # classes may be negative
+    idxs = torch.stack([idxs[torch.randperm(total, generator=generator)] for _ in range(images)])
+    start = torch.rand(images, total, generator=generator) * total
+    # In one image boxes suppress neighbours, in the other a good part of their class.
+    length = torch.tensor([[1.0], [40.0]]) * len(sizes)
+    end = start + length * (0.5 + torch.rand(images, total, generator=generator))
+    boxes = torch.stack((start, torch.zeros_like(start), end, torch.ones_like(start)), dim=2)
+    scores = torch.rand(images, total, generator=generator)
+    padded, count = (
+        x.cpu() for x in batched_nms_padded(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.3, max_output=total)
+    )
+    for image in range(images):
+        expected = torchvision.ops.boxes._batched_nms_vanilla(boxes[image], scores[image], idxs[image], 0.3)
+        assert len(expected) < total
+        assert padded[image].tolist() == expected.tolist() + [-1] * (total - len(expected))
+        assert count[image] == len(expected)
+
+
+def test_a_chain_of_decisions_through_blocks(path: Path) -> None:
+    # Each suppresses the next, from inside a block through three whole ones: one decision after another.
+    start = torch.arange(570.0)
+    boxes = torch.stack((start, torch.zeros(570), start + 3, torch.ones(570)), dim=1)
+    idxs = torch.tensor([5] * 61 + [6] * 450 + [7] * 59)
+    kept = batched_nms(*(x.to(path.device) for x in (boxes, -start, idxs)), 0.4).cpu()
+    assert kept.tolist() == [*range(0, 61, 2), *range(61, 511, 2), *range(511, 570, 2)]
+
+
+# None and all of a block, and around it; in the first block, the next, and a later one.
+@pytest.mark.parametrize("max_output", [1, 50, 127, 128, 129, 255, 256, 257, 400, 499, 500, 501, 600])
+def test_what_cannot_be_returned_is_left_out(path: Path, max_output: int) -> None:
+    # Of two classes the first is better and keeps all; the other keeps every second box.
+    place = torch.cat((torch.arange(500.0), 600 + (torch.arange(100) // 2).float()))
+    boxes = torch.stack((place * 10, torch.zeros(600), place * 10 + 5, torch.ones(600)), dim=1)
+    idxs = torch.tensor([1] * 500 + [0] * 100)
+    arguments = [x[None].to(path.device) for x in (boxes, -torch.arange(600.0), idxs)]
+    kept, count = batched_nms_padded(*arguments, 0.5, max_output)
+    expected = [*range(500), *range(500, 600, 2)][:max_output]
+    assert kept[0].tolist() == expected + [-1] * (max_output - len(expected))
+    assert count.tolist() == [len(expected)]
+
+
+@pytest.mark.parametrize("candidates", [0, 1, 90, 127, 128, 129, 300])  # of each class, around the blocks' edges
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_a_chain_ends_at_the_score_threshold(path: Path, candidates: int, with_classes: bool) -> None:
+    boxes = torch.stack([random_boxes(310, seed=seed, spread=0.2) for seed in range(2)]).repeat(1, 2, 1)
+    idxs = torch.tensor([3] * 310 + [4] * 310).repeat(2, 1)
+    scores = torch.rand(2, 620, generator=torch.Generator().manual_seed(1)) * 0.5
+    better = torch.arange(620) % 310 < candidates
+    scores = torch.where(better, scores + 0.5 + 2**-20, scores)
+    scores[:, 305:310] = torch.nan
+    classes = idxs if with_classes else None
+    arguments = [None if x is None else x.to(path.device) for x in (boxes, scores, classes)]
+    kept, count = batched_nms_padded(*arguments, 0.3, 620, 0.5)
+    expected = reference.batched_nms_padded(
+        boxes.numpy(), scores.numpy(), idxs.numpy() if with_classes else None, 0.3, 620, 0.5
+    )
+    assert kept.tolist() == expected[0].tolist()
+    assert count.tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-45, 0.25, 0.3, 0.5, 1.0, 2.0])
+def test_any_floats_are_decided_as_in_eager(path: Path, threshold: float) -> None:
+    # Widths and areas that overflow, underflow, are negative, zero, infinite or NaN, in every combination.
+    inf, nan = torch.inf, torch.nan
+    values = torch.tensor([-inf, -3e38, -1e19, -3, -1e-20, -0.0, 0, 1e-45, 1e-30, 1e-20, 1, 2, 3, 1e19, 3e38, inf, nan])
+    generator = torch.Generator().manual_seed(0)
+    corners = values[torch.randint(len(values), (200, 2, 2), generator=generator)]
+    straight = torch.rand(200, 1, 1, generator=generator) < 0.8
+    boxes = torch.where(straight, corners.sort(dim=1).values, corners).reshape(200, 4)
+    scores = torch.arange(200, 0, -1.0)
+    expected = eager.nms(boxes, scores, None, threshold)
+    assert len(expected) < 200 or threshold >= 1
+    assert run_nms(path, boxes, scores, threshold).tolist() == expected.tolist()
+
+
+def test_an_overlap_one_bit_from_the_threshold(path: Path) -> None:
+    # Widths of which IoU is the threshold, the float before and the float after.
+    inner = torch.tensor([0.5, 0.5 - 2**-25, 0.5 + 2**-24])
+    for width, kept in zip(inner, ([0, 1], [0, 1], [0]), strict=True):
+        boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, width, 1]])
+        assert run_nms(path, boxes, torch.tensor([1.0, 0.5]), 0.5).tolist() == kept
+
+
+def test_more_images_than_one_axis_of_a_grid_takes(path: Path) -> None:
+    if not path.full_size:
+        pytest.skip("70,000 programs take the interpreter minutes")
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]]).repeat(70_000, 1, 1)  # past 65,535
+    scores = torch.tensor([0.5, 0.75]).repeat(70_000, 1)
+    kept, count = batched_nms_padded(boxes.to(path.device), scores.to(path.device), None, 0.5, 2)
+    assert kept.unique(dim=0).tolist() == [[1, -1]]
+    assert count.unique().tolist() == [1]
 
 
 # Classes of one size and of many, alone and together, below and above what is solved at once.
