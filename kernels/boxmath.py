@@ -40,13 +40,33 @@ def store_box(boxes_ptr, index, x1, y1, x2, y2, mask):
 
 
 @triton.jit
-def iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """IoU of two boxes, elementwise. NaN needs no care in min and max: it comes back through the area."""
+def _intersection_and_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """NaN needs no care in min and max: it comes back through the area."""
     width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
     intersection = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
-    return tl.div_rn(intersection, union)
+    return intersection, (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+
+
+# Most pairs of boxes do not meet, and IEEE division takes a slow path for a dividend of zero: they divide 1, in vain.
+
+
+@triton.jit
+def iou(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """IoU of two boxes, elementwise; 0/0 is NaN."""
+    intersection, union = _intersection_and_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+    meet = intersection > 0
+    quotient = tl.div_rn(tl.where(meet, intersection, 1.0), union)
+    nothing = tl.where(union > 0, 0.0, tl.where(union < 0, -0.0, float("nan")))
+    return tl.where(meet, quotient, nothing)
+
+
+@triton.jit
+def iou_or_zero(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """The same, but 0 wherever the boxes do not meet: enough for a comparison with a threshold of 0 or more."""
+    intersection, union = _intersection_and_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
+    meet = intersection > 0
+    return tl.where(meet, tl.div_rn(tl.where(meet, intersection, 1.0), union), 0.0)
 
 
 @triton.jit

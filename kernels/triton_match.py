@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import iou, load_box
+from ssdcore.kernels.boxmath import iou_or_zero, load_box
 
 BLOCK_ANCHORS = 256  # anchors a program: 35 programs an image at 8732 anchors, so that few images fill a GPU
 BLOCK_TRUTHS = 8  # ground truths compared at once: 16 pairs a thread at four warps
@@ -55,12 +55,12 @@ def _match_kernel(
         slot = begin + tl.arange(0, BLOCK_TRUTHS)
         # What stands for a box outside has no area, and overlaps nothing.
         x1, y1, x2, y2 = load_box(gt_boxes_ptr, first + slot, slot < count)
-        overlap = iou(
+        overlap = iou_or_zero(
             x1[:, None], y1[:, None], x2[:, None], y2[:, None],
             ax1[None, :], ay1[None, :], ax2[None, :], ay2[None, :],
         )  # fmt: skip
         high = overlap.to(tl.int32, bitcast=True).to(tl.int64) << 32
-        some = overlap > 0  # a NaN overlaps nothing
+        some = overlap > 0
         best = tl.maximum(best, tl.max(tl.where(some, high | (LOWEST - slot)[:, None], 0), axis=0))
         claim = tl.max(tl.where(some, high | (LOWEST - anchor)[None, :], 0), axis=1)
         tl.store(claims_ptr + (first + slot) * tl.num_programs(0) + block, claim, mask=slot < count)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import load_box, load_one_box, store_box
+from ssdcore.kernels.boxmath import iou_or_zero, load_box, load_one_box, store_box
 from ssdcore.kernels.eager import round_down, sort_key
 
 BLOCK = 128  # rows a program: one a thread at four warps, so that suppression and its bits stay in the thread
@@ -52,18 +52,6 @@ def resolve_word(alive, suppresses):
         before = kept
         kept = alive & ~_or_of_all(tl.where(((kept >> bit) & 1) != 0, suppresses, 0))
     return kept
-
-
-@triton.jit
-def iou_or_zero(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
-    """`boxmath.iou`, but 0 where boxes do not intersect."""
-    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
-    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
-    intersection = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
-    meet = intersection > 0
-    # Most pairs do not meet, and IEEE division has a slow path for a dividend of zero: divide something else there.
-    return tl.where(meet, tl.div_rn(tl.where(meet, intersection, 1.0), union), 0.0)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.boxmath import decode, iou, load_box, store_box
+from ssdcore.kernels.boxmath import decode, iou_or_zero, load_box, store_box
 from ssdcore.kernels.eager import MAX_LOG_SCALE, round_down
 from ssdcore.kernels.head import (
     Head,
@@ -262,7 +262,7 @@ def _settle_class(
             earlier = row < word * 32
             ax1, ay1, ax2, ay2 = load_box(sorted_boxes_ptr, row, earlier)
             kept = (tl.load(kept_words_ptr + row // 32, mask=earlier, other=0) >> (row % 32)) & 1
-            overlap = iou(
+            overlap = iou_or_zero(
                 ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None],
                 bx1[None, :], by1[None, :], bx2[None, :], by2[None, :],
             )  # fmt: skip
@@ -273,7 +273,7 @@ def _settle_class(
 
         row = word * 32 + bit
         ax1, ay1, ax2, ay2 = load_box(sorted_boxes_ptr, row, row < count)
-        overlap = iou(
+        overlap = iou_or_zero(
             ax1[:, None], ay1[:, None], ax2[:, None], ay2[:, None],
             bx1[None, :], by1[None, :], bx2[None, :], by2[None, :],
         )  # fmt: skip
