@@ -1,21 +1,25 @@
 """Every op in plain PyTorch, on any device: what runs on the CPU, and the fair baseline of the kernels.
 
+NMS decides in NumPy, for a few boxes at a time are nothing but overhead to PyTorch.
+
 Arithmetic is fp32 (fp64 for fp64 input). The order of operations in IoU, encode and decode is torchvision's;
 the Triton kernels follow it step by step, so that decisions taken on an IoU are the same bits everywhere.
 Arguments have been checked by `functional`.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # clamp of dw and dh; torchvision's BoxCoder, bbox_xform_clip
 MATCH_ROWS = 32  # ground truths matched at once: with 8732 anchors a megabyte a tensor
-NMS_BLOCK = 256  # boxes resolved at once: large enough to amortise a step, small enough for the cache
+NMS_BLOCK = 256  # boxes settled at once, in NumPy: faster than PyTorch by its microseconds an operation
 NMS_PAIRS = 2**18  # compared at once, of several groups: a megabyte a tensor, which the cache holds
 NMS_GROUPS = 1024  # solved at once: 64 MB of decisions at most
 NMS_ALIKE = 8  # groups of one length are worth solving together if they are more than an eighth of it
@@ -334,6 +338,7 @@ def _set_rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, rows: Ten
 # --- NMS --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def round_down(threshold: float) -> float:
     """The largest fp32 number that is not above `threshold`: an fp32 IoU exceeds one iff it exceeds the other."""
     # Named: under another default device, `item` would wait for the GPU.
@@ -351,11 +356,10 @@ def _greedy_keep(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> 
     """Which of `boxes` [M, 4], sorted by `groups` [M] and then from best to worst, survive NMS: bool [M]."""
     if boxes.dtype == torch.float32:
         iou_threshold = round_down(iou_threshold)
+    if len(boxes) <= NMS_BLOCK:
+        return _greedy_keep_of_few(boxes, groups, iou_threshold)
     if groups is None:
         return _greedy_keep_of_one(boxes, iou_threshold)
-    if len(boxes) <= NMS_BLOCK:
-        suppresses = (_iou(boxes, boxes) > iou_threshold) & (groups[:, None] == groups)
-        return _settle(suppresses.triu_(diagonal=1))
     by_length: dict[int, list[tuple[int, int]]] = {}  # powers of two: first box and number of each group
     first = 0
     for size in groups.unique_consecutive(return_counts=True)[1].tolist():
@@ -389,7 +393,7 @@ def _greedy_keep_of_many(boxes: Tensor, groups: Tensor, length: int, iou_thresho
 def _greedy_keep_of_one(boxes: Tensor, iou_threshold: float) -> Tensor:
     """The same for a single group: the best `NMS_BLOCK` are settled, then rid the rest of what they suppress."""
     head, rest = boxes[:NMS_BLOCK], boxes[NMS_BLOCK:]
-    kept = _settle((_iou(head, head) > iou_threshold).triu_(diagonal=1))
+    kept = _greedy_keep_of_few(head, None, iou_threshold)
     if len(rest) == 0:
         return kept
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
@@ -400,25 +404,46 @@ def _greedy_keep_of_one(boxes: Tensor, iou_threshold: float) -> Tensor:
         parts = rest.split(NMS_PAIRS // NMS_BLOCK)
         left = left[torch.cat([~(_iou(best, part) > iou_threshold).any(dim=0) for part in parts])]
         head, rest = boxes[left[:NMS_BLOCK]], boxes[left[NMS_BLOCK:]]
-        kept = _settle((_iou(head, head) > iou_threshold).triu_(diagonal=1))
+        kept = _greedy_keep_of_few(head, None, iou_threshold)
         keep[left[:NMS_BLOCK]] = kept
         left = left[NMS_BLOCK:]
     return keep
 
 
-def _settle(suppresses: Tensor) -> Tensor:
-    """Greedy NMS, given which better box suppresses which worse one, bool [N, N]: the kept, bool [N]."""
-    # One decision after the other is what tensors are worst at: rows as Python's integers, a byte a box.
-    size = len(suppresses)
-    rows = suppresses.cpu().numpy().tobytes()
-    removed, kept = 0, bytearray(size)
-    for box in range(size):
+def _greedy_keep_of_few(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+    """The same for at most `NMS_BLOCK` boxes, on the host."""
+    kept = _greedy_keep_in_numpy(boxes.cpu().numpy(), None if groups is None else groups.cpu().numpy(), iou_threshold)
+    return torch.from_numpy(kept).to(boxes.device)
+
+
+@np.errstate(all="ignore")  # of odd boxes
+def _greedy_keep_in_numpy(boxes: np.ndarray, groups: np.ndarray | None, iou_threshold: float) -> np.ndarray:
+    """The same: the arithmetic is that of `_iou`, so the decisions are."""
+    corners = np.ascontiguousarray(boxes.T)
+    a, b = corners[:, :, None], corners[:, None, :]
+    sides = np.minimum(a[2:], b[2:])  # [2, M, M]
+    sides -= np.maximum(a[:2], b[:2])
+    intersection = sides[0] * sides[1]
+    area = np.multiply(*(corners[2:] - corners[:2]))
+    union = area[:, None] + area
+    union -= intersection
+    intersection /= union
+    suppresses = intersection > iou_threshold
+    # Not clamped, as in `_iou`, which takes longer: instead, where a side is not positive nothing is suppressed.
+    suppresses &= sides[0] > 0
+    suppresses &= sides[1] > 0
+    if groups is not None:
+        suppresses &= groups[:, None] == groups
+    size = len(boxes)
+    suppresses.ravel()[:: size + 1] = False
+    # One decision after the other is what arrays are worst at: rows as Python's integers, a byte a box. What a row says
+    # of better boxes does no harm, for it is symmetric: they have been removed, or this one would have been.
+    rows = suppresses.tobytes()
+    removed = 0
+    for box in suppresses.any(axis=1).nonzero()[0].tolist():
         if not removed >> (8 * box) & 1:
-            kept[box] = 1
             removed |= int.from_bytes(rows[box * size : (box + 1) * size], "little")
-    if size == 0:
-        return suppresses.new_empty(0)  # `frombuffer` wants something
-    return torch.frombuffer(kept, dtype=torch.bool).to(suppresses.device)
+    return np.frombuffer(removed.to_bytes(size, "little"), dtype=bool) ^ True
 
 
 def _keep_mask(
@@ -445,7 +470,28 @@ def _keep_mask(
     return keep
 
 
+def _nms_of_few(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    idxs: np.ndarray | None,
+    iou_threshold: float,
+    candidate: np.ndarray | None = None,
+) -> np.ndarray:
+    """`nms` in NumPy, of at most `NMS_BLOCK` boxes; of those that are a `candidate`, bool [N], where that is given."""
+    if boxes.dtype == np.float32:
+        iou_threshold = round_down(iou_threshold)
+    # NumPy sorts upwards, equal ones by index and NaN last: read from behind, as wanted.
+    order = len(scores) - 1 - scores[::-1].argsort(kind="stable")[::-1]
+    if candidate is not None:
+        order = order.compress(candidate.take(order))
+    groups = None if idxs is None else idxs.take(order)
+    return order.compress(_greedy_keep_in_numpy(boxes.take(order, axis=0), groups, iou_threshold))
+
+
 def nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+    if len(boxes) <= NMS_BLOCK and boxes.is_cpu:
+        classes = None if idxs is None else idxs.numpy()
+        return torch.from_numpy(_nms_of_few(widen(boxes).numpy(), widen(scores).numpy(), classes, iou_threshold))
     order = sort_key(scores).argsort(descending=True, stable=True)
     if idxs is None:
         return order[_greedy_keep(widen(boxes[order]), None, iou_threshold)]
@@ -464,6 +510,15 @@ def batched_nms_padded(
     max_output: int,
     score_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
+    if boxes.shape[1] <= NMS_BLOCK and boxes.is_cpu:
+        boxes, scores = widen(boxes), widen(scores)
+        candidate = None if score_threshold is None else scores > score_threshold
+        out, count = np.full((len(boxes), max_output), -1), np.zeros(len(boxes), dtype=np.int32)
+        for image in range(len(boxes)):
+            classes, own = (None if x is None else x[image].numpy() for x in (idxs, candidate))
+            kept = _nms_of_few(boxes[image].numpy(), scores[image].numpy(), classes, iou_threshold, own)[:max_output]
+            out[image, : len(kept)], count[image] = kept, len(kept)
+        return torch.from_numpy(out), torch.from_numpy(count)
     keep = _keep_mask(boxes, scores, idxs, iou_threshold, score_threshold)
     order = sort_key(scores).argsort(dim=1, descending=True, stable=True)  # [B, N]
     keep = keep.gather(1, order)

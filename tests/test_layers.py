@@ -17,7 +17,7 @@ ALLOWED = {
     "kernels/__init__.py": {"ssdcore.kernels.functional"},
     "kernels/functional.py": {"torch", "ssdcore.kernels"},  # ops
     "kernels/ops.py": {"torch", "ssdcore.kernels"},  # eager; triton_* on first use
-    "kernels/eager.py": {"torch"},
+    "kernels/eager.py": {"torch", "numpy"},
     "kernels/boxmath.py": {"triton"},
     "kernels/selection.py": {"triton"},
     # The launchers' part of it knows the layouts.

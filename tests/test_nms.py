@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torchvision
@@ -201,6 +203,19 @@ def test_odd_boxes_meet_nobody(path: Path) -> None:
     assert torch.equal(kept, torchvision.ops.nms(boxes, torch.arange(14, 0, -1.0), 0.0))
 
 
+def test_boxes_upside_down_meet_nobody(path: Path) -> None:
+    # Of two alike the area and the overlap are negative, and their quotient is 1.
+    boxes = torch.tensor([[0.0, 10, 10, 0]] * 2 + [[10.0, 0, 0, 10]] * 2 + [[10.0, 10, 0, 0]] * 2)
+    assert run_nms(path, boxes, -torch.arange(6.0), 0.5).tolist() == [*range(6)]
+
+
+def test_odd_boxes_are_no_warning() -> None:
+    boxes = torch.tensor([[5.0, 0, 5, 10], [0, 0, torch.inf, 10], [-1e308, -1e308, 1e308, 1e308]], dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(nms(boxes.repeat(2, 1), torch.ones(6, dtype=torch.float64), 0.5)) == 6
+
+
 @pytest.mark.parametrize(("inner", "threshold"), [(1, 0.1), (3, 0.3), (6, 0.6), (5, 0.5), (9, 0.9)])
 def test_the_threshold_is_the_real_number_written(path: Path, inner: int, threshold: float) -> None:
     # IoU is inner / 10 rounded to fp32, which lies above 0.1, 0.3 and 0.6 and not above 0.5 and 0.9.
@@ -209,6 +224,10 @@ def test_the_threshold_is_the_real_number_written(path: Path, inner: int, thresh
     suppressed = torch.tensor(inner / 10, dtype=torch.float32).item() > threshold
     assert run_nms(path, boxes, scores, threshold).tolist() == ([0] if suppressed else [0, 1])
     assert torch.equal(run_nms(path, boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+    # The same of more boxes than are solved at once: 150 such pairs, far apart.
+    boxes = (boxes + torch.tensor([0, 100, 0, 100]) * torch.arange(150)[:, None, None]).flatten(0, 1)
+    kept = run_nms(path, boxes, -torch.arange(300.0), threshold)
+    assert kept.tolist() == list(range(0, 300, 2 if suppressed else 1))
 
 
 def test_classes_do_not_meet(path: Path) -> None:
@@ -282,3 +301,8 @@ def test_fp64_boxes_are_compared_in_fp64() -> None:
     # Apart by less than fp32 can tell at this distance.
     boxes = torch.tensor([[1e8, 0, 1e8 + 1, 1], [1e8 + 1, 0, 1e8 + 2, 1]], dtype=torch.float64)
     assert nms(boxes, torch.tensor([1.0, 0.5], dtype=torch.float64), 0.1).tolist() == [0, 1]
+    # Their IoU is the threshold, which fp32 would round up.
+    boxes = torch.tensor([[0.0, 0, 3, 1], [0, 0, 1, 1]], dtype=torch.float64)
+    assert nms(boxes, torch.tensor([1.0, 0.5]), 1 / 3).tolist() == [0, 1]
+    assert batched_nms_padded(boxes[None], torch.tensor([[1.0, 0.5]]), None, 1 / 3, 2)[1].tolist() == [2]
+    assert nms(boxes.float(), torch.tensor([1.0, 0.5]), 1 / 3).tolist() == [0]
