@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # clamp of dw and dh; torchvision's BoxCoder, bbox_xform_clip
 MATCH_ROWS = 32  # ground truths matched at once: with 8732 anchors a megabyte a tensor
+LOSS_LOGITS = 2**20  # taken at once: four megabytes, which the cache holds
 NMS_BLOCK = 256  # boxes settled at once, in NumPy: faster than PyTorch by its microseconds an operation
 NMS_PAIRS = 2**18  # compared at once, of several groups: a megabyte a tensor, which the cache holds
 NMS_GROUPS = 1024  # solved at once: 64 MB of decisions at most
@@ -175,34 +176,56 @@ def _smooth_l1_slope(difference: Tensor, beta: float) -> Tensor:
     return (difference / beta).clamp(-1, 1)
 
 
-def _positives(
-    matched_idxs: Tensor, gt_labels: Tensor, gt_offsets: Tensor, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each positive anchor: image, anchor, row in `gt_boxes`, class, and is that valid; each [P].
+def _assigned(
+    image: Tensor, slot: Tensor, gt_labels: Tensor, gt_offsets: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each positive anchor, given its image and match: row in `gt_boxes`, class, and is that valid; each [P].
 
     Where it is not, row and class are 0.
     """
-    image, anchor = (matched_idxs >= 0).nonzero(as_tuple=True)
-    slot = matched_idxs[image, anchor]
     inside = slot < gt_offsets.diff()[image]
     gt = torch.where(inside, gt_offsets[image].long() + slot, 0)
     label = F.pad(gt_labels, (0, 1))[gt].long()  # padded: without any ground truth, row 0 must still exist
     valid = inside & (label >= 1) & (label < num_classes)
-    return image, anchor, gt, torch.where(valid, label, 0), valid
+    return gt, torch.where(valid, label, 0), valid
 
 
-def _hardest(hardness: Tensor, wanted: Tensor) -> Tensor:
-    """Which of `hardness` [B, A] are the `wanted` [B] largest, bool; equal ones by anchor, NaN before infinity."""
-    largest = torch.finfo(hardness.dtype).max
-    hardness = torch.where(hardness.isnan(), math.inf, hardness.clamp(max=largest))
+def _background(levels: Sequence[Tensor], num_anchors: int) -> tuple[Tensor, Tensor]:
+    """The logit and the cross-entropy of the background, each [B, A]."""
+    logit, cross_entropy = widen(levels[0].new_empty(2, len(levels[0]), num_anchors))
+    first = 0
+    for level in levels:
+        own = slice(first, first + level[0, ..., 0].numel() if len(level) else 0)
+        # Some images at a time: the scores of the other classes, which nobody wants, stay in the cache.
+        images = max(1, LOSS_LOGITS // max(1, level[:1].numel()))
+        for start in range(0, len(level), images):
+            some = slice(start, start + images)
+            rows = widen(level[some]).flatten(1, 2)
+            cross_entropy[some, own] = rows.log_softmax(dim=-1)[..., 0]
+            logit[some, own] = rows[..., 0]
+        first = own.stop
+    # Rounding can leave a score a hair above 1, but a loss is not negative.
+    return logit, cross_entropy.neg_().clamp_(min=0)
+
+
+def _hardest(hardness: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of `hardness` [B, A] are the `wanted` [B] largest, bool, of equal ones the first; and their sums [B].
+
+    What is negative is no candidate, and none is NaN.
+    """
     most = max(wanted.tolist(), default=0)
     if most == 0:
-        return torch.zeros_like(hardness, dtype=torch.bool)
+        return torch.zeros_like(hardness, dtype=torch.bool), hardness.new_zeros(len(hardness))
+    # One more than wanted: does it equal the last that is?
+    values, index = hardness.topk(min(most + 1, hardness.shape[1]), dim=1)
     wanted = wanted[:, None]
-    ordered = hardness.topk(most, dim=1).values
-    kth = torch.where(wanted > 0, ordered.gather(1, (wanted - 1).clamp(min=0)), math.inf)
-    larger, tie = hardness > kth, hardness == kth
-    return larger | (tie & (tie.cumsum(dim=1) <= wanted - larger.sum(dim=1, keepdim=True)))
+    chosen = (torch.arange(values.shape[1], device=values.device) < wanted) & (values >= 0)
+    sums = torch.where(chosen, values, 0.0).sum(dim=1)
+    kth = torch.where(wanted > 0, values.gather(1, (wanted - 1).clamp(min=0)), math.inf)
+    if ((values == kth) & ~chosen & (values >= 0)).any():
+        larger, tie = hardness > kth, hardness == kth
+        return larger | (tie & (tie.cumsum(dim=1) <= wanted - larger.sum(dim=1, keepdim=True))), sums
+    return torch.zeros_like(hardness, dtype=torch.bool).scatter_(1, index, chosen), sums
 
 
 def multibox_loss(
@@ -223,41 +246,47 @@ def multibox_loss(
 
     `cls_logits` and `box_deltas` are levels [B, P, a, C] and [B, P, a, 4].
     """
-    logits, deltas = widen(packed(cls_logits)), packed(box_deltas)
-    batch, _, num_classes = logits.shape
-    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, num_classes)
-
-    log_scores = logits.log_softmax(dim=-1)
-    # Of the background; rounding can leave a score a hair above 1, but a loss is not negative.
-    cross_entropy = log_scores[..., 0].neg().clamp(min=0)  # [B, A]
-    lse = logits[..., 0] + cross_entropy
-    odd = ~lse.isfinite()
-    if odd.any():  # a background of -inf says nothing of the others; an infinite logit has no cross-entropy
-        own = logits[odd].logsumexp(dim=-1)
-        lse[odd] = own.masked_fill(own == math.inf, math.nan)
-    positive_loss = log_scores[image, anchor, label].neg().clamp(min=0)
-    positive_loss = torch.where(valid, positive_loss, math.nan)
-    cross_entropy[image, anchor] = positive_loss
-
+    batch, num_anchors = matched_idxs.shape
     positive = matched_idxs >= 0
+    image, anchor = positive.nonzero(as_tuple=True)
+    gt, label, valid = _assigned(
+        image, matched_idxs[image, anchor], gt_labels, gt_offsets, num_classes=cls_logits[0].shape[-1]
+    )
+
+    lse, hardness = _background(cls_logits, num_anchors)
+    lse += hardness
+    bad = torch.zeros(batch, dtype=torch.bool, device=lse.device)  # a logit is NaN or infinite
+    if not lse.sum().isfinite():
+        # A background of -inf says nothing of the others; an infinite logit has no cross-entropy.
+        odd = (~lse.isfinite()).nonzero(as_tuple=True)
+        own = _rows(cls_logits, *odd).logsumexp(dim=-1)
+        lse[odd] = own.masked_fill(own == math.inf, math.nan)
+        bad = hardness.isnan().any(dim=1)
+        # NaN before infinity.
+        largest = torch.finfo(hardness.dtype).max
+        hardness = torch.where(hardness.isnan(), math.inf, hardness.clamp(max=largest))
+    hardness[image, anchor] = -1.0
+
     num_positives = positive.sum(dim=1)  # [B]
-    num_negatives = (neg_pos_ratio * num_positives.float()).ceil().clamp(min=min_negatives, max=positive.shape[1])
-    selected = positive | _hardest(cross_entropy.masked_fill(positive, -1.0), num_negatives.long())
+    num_negatives = (neg_pos_ratio * num_positives.float()).ceil().clamp(min=min_negatives, max=num_anchors)
+    negative, classification = _hardest(hardness, num_negatives.long())
+    selected = positive | negative
+
+    positive_loss = _rows(cls_logits, image, anchor).log_softmax(dim=-1).gather(1, label[:, None])[:, 0]
+    positive_loss = torch.where(valid, positive_loss.neg().clamp(min=0), math.nan)
+    classification = torch.where(bad, math.nan, classification.index_add_(0, image, positive_loss))
 
     target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)  # [P, 4]
-    box_loss = _smooth_l1(widen(deltas[image, anchor]) - target, beta).sum(dim=-1)
+    box_loss = _smooth_l1(_rows(box_deltas, image, anchor) - target, beta).sum(dim=-1)
     box_loss = torch.where(valid, box_loss, math.nan)
-
-    classification = torch.where(selected, cross_entropy, 0.0).sum(dim=1)  # [B]
-    classification = torch.where(cross_entropy.isnan().any(dim=1), math.nan, classification)
     bbox_regression = torch.zeros_like(classification).index_add_(0, image, box_loss.to(classification.dtype))
     if normalizer == "batch":
-        scale = (1 / num_positives.sum().clamp(min=1).to(logits.dtype)).expand(batch).clone()
+        scale = (1 / num_positives.sum().clamp(min=1).to(lse.dtype)).expand(batch).clone()
         # One division at the end, as torchvision's, not one for each image.
         total = num_positives.sum().clamp(min=1)
         losses = classification.sum() / total, bbox_regression.sum() / total
     else:
-        share = 1 / (num_positives.to(logits.dtype) * batch)
+        share = 1 / (num_positives.to(lse.dtype) * batch)
         scale = torch.where(num_positives > 0, share, 0.0)
         # `where`, not a product with 0: an image without positives may have an infinite loss.
         weighted = [torch.where(num_positives > 0, x * scale, 0.0) for x in (classification, bbox_regression)]
@@ -284,22 +313,23 @@ def multibox_loss_backward(
     """The gradients of each level of the logits, then of the deltas."""
     grads = [grad.zero_() for grad in empty_gradients(cls_logits, box_deltas)]
     grad_logits, grad_deltas = grads[: len(cls_logits)], grads[len(cls_logits) :]
-    image, anchor, gt, label, valid = _positives(matched_idxs, gt_labels, gt_offsets, cls_logits[0].shape[-1])
-
-    target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[anchor], weights)
-    slope = _smooth_l1_slope(_rows(box_deltas, image, anchor) - target, beta)
-    slope = torch.where(valid[:, None], slope, math.nan)
-    _set_rows(grad_deltas, image, anchor, slope * (grad_bbox_regression * scale[image])[:, None])
-
     # About one row in thirty is selected: the others cost a zero each and are never read.
-    negative = selected & (matched_idxs < 0)
-    rows, columns = torch.cat((negative.nonzero(), torch.stack((image, anchor), dim=1))).unbind(1)
-    background = len(rows) - len(label)
-    gradient = torch.exp(_rows(cls_logits, rows, columns) - lse[rows, columns, None])  # [S, C] softmax
-    gradient[:background, 0] -= 1
-    gradient[background:].scatter_add_(1, label[:, None], gradient.new_full((len(label), 1), -1.0))
-    gradient[background:][~valid] = math.nan
-    _set_rows(grad_logits, rows, columns, gradient * (grad_classification * scale[rows])[:, None])
+    image, anchor = selected.nonzero(as_tuple=True)
+    slot = matched_idxs[image, anchor]
+    positive = (slot >= 0).nonzero()[:, 0]
+    own, place = image[positive], anchor[positive]
+    gt, label, valid = _assigned(own, slot[positive], gt_labels, gt_offsets, cls_logits[0].shape[-1])
+
+    gradient = torch.exp(_rows(cls_logits, image, anchor) - lse[image, anchor, None])  # [S, C] softmax
+    column = torch.zeros_like(slot).index_copy_(0, positive, label)
+    gradient.scatter_add_(1, column[:, None], gradient.new_full((len(column), 1), -1.0))
+    gradient[positive[~valid]] = math.nan
+    _set_rows(grad_logits, image, anchor, gradient * (grad_classification * scale[image])[:, None])
+
+    target = encode_boxes(F.pad(widen(gt_boxes), (0, 0, 0, 1))[gt], anchors[place], weights)
+    slope = _smooth_l1_slope(_rows(box_deltas, own, place) - target, beta)
+    slope = torch.where(valid[:, None], slope, math.nan)
+    _set_rows(grad_deltas, own, place, slope * (grad_bbox_regression * scale[own])[:, None])
     return grads
 
 

@@ -113,6 +113,15 @@ def test_equal_negatives_go_to_the_lowest_anchors(path: Path) -> None:
     assert grads[0][0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(7))
 
 
+def test_an_image_that_wants_no_negatives_gets_none_where_another_has_equal_ones(path: Path) -> None:
+    arguments = problem([0, 1], random_boxes(50))
+    arguments["cls_logits"] = torch.zeros_like(arguments["cls_logits"])
+    _, grads = run(path, arguments)
+    assert (grads[0][0] == 0).all()
+    positives = int((arguments["matched_idxs"][1] >= 0).sum())
+    assert int((grads[0][1] != 0).any(dim=1).sum()) == 4 * positives < 50
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("anchor", ["positive", "negative", "not mined"])
 def test_a_bad_logit_gives_nan(path: Path, value: float, anchor: str) -> None:
