@@ -20,6 +20,7 @@ from torch.nn import functional as F
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # clamp of dw and dh; torchvision's BoxCoder, bbox_xform_clip
 MATCH_ROWS = 32  # ground truths matched at once: with 8732 anchors a megabyte a tensor
 LOSS_LOGITS = 2**20  # taken at once: four megabytes, which the cache holds
+NMS_FEW = 320  # boxes solved in one step, though half of the comparisons are for nothing
 NMS_BLOCK = 256  # boxes settled at once, in NumPy: faster than PyTorch by its microseconds an operation
 NMS_PAIRS = 2**18  # compared at once, of several groups: a megabyte a tensor, which the cache holds
 NMS_GROUPS = 1024  # solved at once: 64 MB of decisions at most
@@ -386,7 +387,7 @@ def _greedy_keep(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> 
     """Which of `boxes` [M, 4], sorted by `groups` [M] and then from best to worst, survive NMS: bool [M]."""
     if boxes.dtype == torch.float32:
         iou_threshold = round_down(iou_threshold)
-    if len(boxes) <= NMS_BLOCK:
+    if len(boxes) <= NMS_FEW:
         return _greedy_keep_of_few(boxes, groups, iou_threshold)
     if groups is None:
         return _greedy_keep_of_one(boxes, iou_threshold)
@@ -441,7 +442,7 @@ def _greedy_keep_of_one(boxes: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _greedy_keep_of_few(boxes: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
-    """The same for at most `NMS_BLOCK` boxes, on the host."""
+    """The same for at most `NMS_FEW` boxes, on the host."""
     kept = _greedy_keep_in_numpy(boxes.cpu().numpy(), None if groups is None else groups.cpu().numpy(), iou_threshold)
     return torch.from_numpy(kept).to(boxes.device)
 
@@ -507,7 +508,7 @@ def _nms_of_few(
     iou_threshold: float,
     candidate: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`nms` in NumPy, of at most `NMS_BLOCK` boxes; of those that are a `candidate`, bool [N], where that is given."""
+    """`nms` in NumPy, of at most `NMS_FEW` boxes; of those that are a `candidate`, bool [N], where that is given."""
     if boxes.dtype == np.float32:
         iou_threshold = round_down(iou_threshold)
     # NumPy sorts upwards, equal ones by index and NaN last: read from behind, as wanted.
@@ -519,7 +520,7 @@ def _nms_of_few(
 
 
 def nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
-    if len(boxes) <= NMS_BLOCK and boxes.is_cpu:
+    if len(boxes) <= NMS_FEW and boxes.is_cpu:
         classes = None if idxs is None else idxs.numpy()
         return torch.from_numpy(_nms_of_few(widen(boxes).numpy(), widen(scores).numpy(), classes, iou_threshold))
     order = sort_key(scores).argsort(descending=True, stable=True)
@@ -540,7 +541,7 @@ def batched_nms_padded(
     max_output: int,
     score_threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if boxes.shape[1] <= NMS_BLOCK and boxes.is_cpu:
+    if boxes.shape[1] <= NMS_FEW and boxes.is_cpu:
         boxes, scores = widen(boxes), widen(scores)
         candidate = None if score_threshold is None else scores > score_threshold
         out, count = np.full((len(boxes), max_output), -1), np.zeros(len(boxes), dtype=np.int32)

@@ -224,10 +224,10 @@ def test_the_threshold_is_the_real_number_written(path: Path, inner: int, thresh
     suppressed = torch.tensor(inner / 10, dtype=torch.float32).item() > threshold
     assert run_nms(path, boxes, scores, threshold).tolist() == ([0] if suppressed else [0, 1])
     assert torch.equal(run_nms(path, boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
-    # The same of more boxes than are solved at once: 150 such pairs, far apart.
-    boxes = (boxes + torch.tensor([0, 100, 0, 100]) * torch.arange(150)[:, None, None]).flatten(0, 1)
-    kept = run_nms(path, boxes, -torch.arange(300.0), threshold)
-    assert kept.tolist() == list(range(0, 300, 2 if suppressed else 1))
+    # The same of more boxes than are solved at once: 200 such pairs, far apart.
+    boxes = (boxes + torch.tensor([0, 100, 0, 100]) * torch.arange(200)[:, None, None]).flatten(0, 1)
+    kept = run_nms(path, boxes, -torch.arange(400.0), threshold)
+    assert kept.tolist() == list(range(0, 400, 2 if suppressed else 1))
 
 
 def test_classes_do_not_meet(path: Path) -> None:
