@@ -197,8 +197,8 @@ def _background(levels: Sequence[Tensor], num_anchors: int) -> tuple[Tensor, Ten
     first = 0
     for level in levels:
         own = slice(first, first + level[0, ..., 0].numel() if len(level) else 0)
-        # Some images at a time: the scores of the other classes, which nobody wants, stay in the cache.
-        images = max(1, LOSS_LOGITS // max(1, level[:1].numel()))
+        # On a CPU some images at a time: the scores of the other classes, which nobody wants, stay in the cache.
+        images = max(1, LOSS_LOGITS // max(1, level[:1].numel()) if level.is_cpu else len(level))
         for start in range(0, len(level), images):
             some = slice(start, start + images)
             rows = widen(level[some]).flatten(1, 2)

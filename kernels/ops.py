@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op, infer_schema
+from torch._ops import OpOverload
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from ssdcore.kernels import eager
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LIBRARY = Library("ssdcore", "DEF")  # not `custom_op`, whose every call takes 10 µs more
 
 
-def _define(name: str, module: str) -> CustomOpDef:
+def _define(name: str, module: str) -> OpOverload:
     """`ssdcore::<name>`: `eager.<name>` on the CPU, `<module>.<name>_triton` on CUDA, one schema for both."""
     eager_kernel = getattr(eager, name)
 
@@ -33,13 +35,15 @@ def _define(name: str, module: str) -> CustomOpDef:
             return triton_kernel(*args)
 
     def on_cpu(*args: Any) -> Any:
-        wide = INTERPRETED and any(x.dtype == torch.float64 for x in _tensors(args))
-        return triton_kernel(*args) if INTERPRETED and not wide else eager_kernel(*args)
+        if INTERPRETED and not any(x.dtype == torch.float64 for x in _tensors(args)):
+            return triton_kernel(*args)
+        return eager_kernel(*args)
 
-    schema = infer_schema(eager_kernel, mutates_args=())
-    op = custom_op(f"ssdcore::{name}", on_cuda, mutates_args=(), device_types="cuda", schema=schema)
-    op.register_kernel("cpu")(on_cpu)
-    return op
+    LIBRARY.define(name + infer_schema(eager_kernel, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    LIBRARY.impl(name, on_cpu, "CPU")
+    overload: OpOverload = getattr(torch.ops.ssdcore, name).default
+    return overload
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -60,18 +64,18 @@ decode_boxes = _define("decode_boxes", "triton_codec")
 decode_boxes_backward = _define("decode_boxes_backward", "triton_codec")
 
 
-@box_iou.register_fake
+@register_fake("ssdcore::box_iou", lib=LIBRARY)
 def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return boxes1.new_empty(len(boxes1), len(boxes2), dtype=_computed(boxes1))
 
 
-@encode_boxes.register_fake
-@decode_boxes.register_fake
+@register_fake("ssdcore::encode_boxes", lib=LIBRARY)
+@register_fake("ssdcore::decode_boxes", lib=LIBRARY)
 def _(boxes: Tensor, *_: Any) -> Tensor:
     return boxes.new_empty(boxes.shape, dtype=_computed(boxes))
 
 
-@decode_boxes_backward.register_fake
+@register_fake("ssdcore::decode_boxes_backward", lib=LIBRARY)
 def _(grad: Tensor, deltas: Tensor, *_: Any) -> Tensor:
     return deltas.new_empty(deltas.shape)
 
@@ -85,7 +89,7 @@ def _differentiate_decode(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return decode_boxes_backward(grad, *ctx.saved_tensors, ctx.weights), None, None
 
 
-decode_boxes.register_autograd(_differentiate_decode, setup_context=_save_decode)
+register_autograd("ssdcore::decode_boxes", _differentiate_decode, setup_context=_save_decode, lib=LIBRARY)
 
 
 # --- matching and loss ------------------------------------------------------------------------------------
@@ -95,12 +99,12 @@ multibox_loss = _define("multibox_loss", "triton_multibox")
 multibox_loss_backward = _define("multibox_loss_backward", "triton_multibox")
 
 
-@match_anchors.register_fake
+@register_fake("ssdcore::match_anchors", lib=LIBRARY)
 def _(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
     return anchors.new_empty(len(gt_offsets) - 1, len(anchors), dtype=torch.int64)
 
 
-@multibox_loss.register_fake
+@register_fake("ssdcore::multibox_loss", lib=LIBRARY)
 def _(
     cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], matched_idxs: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +118,7 @@ def _(
     )
 
 
-@multibox_loss_backward.register_fake
+@register_fake("ssdcore::multibox_loss_backward", lib=LIBRARY)
 def _(
     grad_cls: Tensor, grad_bbox: Tensor, cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor], *_: Any
 ) -> list[Tensor]:
@@ -135,7 +139,7 @@ def _differentiate_loss(ctx: Any, grad_cls: Tensor, grad_bbox: Tensor, *_: Tenso
     return grads[:levels], grads[levels:], *(None,) * 10  # the ground truth, the anchors and the settings have none
 
 
-multibox_loss.register_autograd(_differentiate_loss, setup_context=_save_loss)
+register_autograd("ssdcore::multibox_loss", _differentiate_loss, setup_context=_save_loss, lib=LIBRARY)
 
 
 # --- NMS and postprocess ----------------------------------------------------------------------------------
@@ -145,12 +149,12 @@ batched_nms_padded = _define("batched_nms_padded", "triton_nms")
 postprocess_detections = _define("postprocess_detections", "triton_postprocess")
 
 
-@nms.register_fake
+@register_fake("ssdcore::nms", lib=LIBRARY)
 def _(boxes: Tensor, *_: Any) -> Tensor:
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-@batched_nms_padded.register_fake
+@register_fake("ssdcore::batched_nms_padded", lib=LIBRARY)
 def _(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou: float, max_output: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +164,7 @@ def _(
     )
 
 
-@postprocess_detections.register_fake
+@register_fake("ssdcore::postprocess_detections", lib=LIBRARY)
 def _(cls_logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like, batch, max_detections = cls_logits[0], len(cls_logits[0]), args[-1]
     return (
