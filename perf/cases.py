@@ -164,7 +164,7 @@ def on_cpu(shape: Shape) -> Shape:
 
 def ssd(**changes: Any) -> Shape:
     """SSD300 on COCO."""
-    return {"B": 32, "A": 8732, "C": 81, "G": 7, "dtype": "bfloat16"} | changes
+    return {"B": 32, "A": 8732, "C": 81, "G": 7, "head": "packed", "dtype": "bfloat16"} | changes
 
 
 def without(*names: str, shapes: Sequence[Shape]) -> list[Shape]:
@@ -172,13 +172,13 @@ def without(*names: str, shapes: Sequence[Shape]) -> list[Shape]:
 
 
 BATCHES = (1, 8, 32, 128)
-SSD_STAR = star(ssd(), B=BATCHES, A=(24_564,), C=(21, 91), dtype=("float32",))
+SSD_STAR = star(ssd(), B=BATCHES, A=(24_564,), C=(21, 91), head=inputs.HEADS, dtype=("float32",))
 SSD_QUICK = [ssd(B=4)]
 SSD_SWEEP = {"B": (1, 2, 4, 8, 16, 32, 64), "A": (500, 2000, 8732, 24_564, 65_536), "C": (5, 21, 81, 320)}
 CODEC = {
     "compiles": True,
-    "shapes": without("C", "G", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
-    "quick": without("C", "G", shapes=SSD_QUICK),
+    "shapes": without("C", "G", "head", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,))),
+    "quick": without("C", "G", "head", shapes=SSD_QUICK),
     "sweep": {"B": SSD_SWEEP["B"]},
 }
 BOX_SWEEP = {"N": (100, 300, 1000, 3000, 10_000, 30_000, 100_000)}
@@ -331,8 +331,8 @@ def match_by_torchvision(images: Sequence[Tensor], anchors: Tensor) -> list[Tens
 
 @case(
     "match_anchors",
-    shapes=without("C", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,), G=(1, 100))),
-    quick=without("C", shapes=SSD_QUICK),
+    shapes=without("C", "head", shapes=star(ssd(dtype="float32"), B=BATCHES, A=(24_564,), G=(1, 100))),
+    quick=without("C", "head", shapes=SSD_QUICK),
     sweep={"B": SSD_SWEEP["B"], "A": SSD_SWEEP["A"], "G": (1, 3, 10, 30, 100)},
 )
 def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Workload:
@@ -349,13 +349,19 @@ def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Wo
     )
 
 
+def as_given(head: list[Tensor]) -> Tensor | list[Tensor]:
+    """The head's outputs as the public functions take them."""
+    return head[0] if len(head) == 1 else head
+
+
 class _Loss:
     """Losses and the gradients of the head's outputs, by each provider."""
 
-    def __init__(self, device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int, head: str) -> None:
         self.truth, self.anchors = inputs.truth(B, C, G, device), inputs.anchors(A, device)
         self.targets = self.truth.targets()
-        self.logits, self.deltas = (x.requires_grad_() for x in inputs.head_outputs(B, A, C, "trained", dtype, device))
+        outputs = inputs.head_outputs(B, A, C, "trained", dtype, device)
+        self.logits, self.deltas = ([x.requires_grad_() for x in inputs.as_head(packed, head)] for packed in outputs)
         self.one = torch.ones((), device=device)
 
     def match_by_ssdcore(self) -> Tensor:
@@ -366,32 +372,34 @@ class _Loss:
 
     def ssdcore(self, matched: Tensor) -> list[Tensor]:
         truth = (self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
-        losses = kernels.multibox_loss(self.logits, self.deltas, matched, *truth)
+        losses = kernels.multibox_loss(*map(as_given, (self.logits, self.deltas)), matched, *truth)
         return [*losses, *torch.autograd.grad(losses.classification + losses.bbox_regression, self.leaves)]
 
     def eager(self, matched: Tensor) -> list[Tensor]:
         truth = (matched, self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
-        head = [self.logits.unsqueeze(2)], [self.deltas.unsqueeze(2)]  # one level, an anchor a cell
+        head = [inputs.levels(x) for x in (self.logits, self.deltas)]
         with torch.no_grad():
             *losses, lse, selected, scale = eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
             gradients = eager.multibox_loss_backward(
                 self.one, self.one, *head, *truth, lse, selected, scale, WEIGHTS, 1.0
             )
-        return [*losses, *(x.squeeze(2) for x in gradients)]
+        pairs = zip(gradients, self.leaves, strict=True)
+        return [*losses, *(x.permute(0, 2, 3, 1).reshape(y.shape) if y.dim() == 4 else x.squeeze(2) for x, y in pairs)]
 
     def torchvision(self, matched: list[Tensor]) -> list[Tensor]:
-        outputs = {"cls_logits": self.logits.float(), "bbox_regression": self.deltas.float()}
+        logits, deltas = inputs.repacked(self.logits), inputs.repacked(self.deltas)
+        outputs = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
         losses = torchvision_ssd().compute_loss(self.targets, outputs, [self.anchors] * len(matched), matched)
         found = [losses["classification"], losses["bbox_regression"]]
         return [*found, *torch.autograd.grad(found[0] + found[1], self.leaves)]
 
     @property
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        return self.logits, self.deltas
+    def leaves(self) -> list[Tensor]:
+        return [*self.logits, *self.deltas]
 
     def workload(self, providers: Mapping[str, Callable[[], Any]], *also_read: Tensor) -> Workload:
         # Of the deltas and anchors only the positives' are needed, about one in a hundred: not counted.
-        return Workload(providers, reads=(self.logits, *also_read), difference=within(NEAR_TIE))
+        return Workload(providers, reads=(*self.logits, *also_read), difference=within(NEAR_TIE))
 
 
 @functools.cache
@@ -401,9 +409,9 @@ def torchvision_ssd() -> SSD:
 
 
 @case("multibox_loss", compiles=True, shapes=SSD_STAR, quick=SSD_QUICK, sweep=SSD_SWEEP)
-def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> Workload:
+def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int, head: str) -> Workload:
     """Forward and backward."""
-    loss = _Loss(device, dtype, B, A, C, G)
+    loss = _Loss(device, dtype, B, A, C, G, head)
     matched = loss.match_by_eager()
     images = list(matched)
     return loss.workload(
@@ -423,9 +431,9 @@ def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: in
     quick=SSD_QUICK,
     sweep={**SSD_SWEEP, "G": (1, 3, 10, 30, 100)},
 )
-def criterion(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -> Workload:
+def criterion(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int, head: str) -> Workload:
     """Matching and the loss, forward and backward."""
-    loss = _Loss(device, dtype, B, A, C, G)
+    loss = _Loss(device, dtype, B, A, C, G, head)
     images = loss.truth.boxes.split(loss.truth.counts)
     return loss.workload(
         {
@@ -441,31 +449,34 @@ def criterion(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: int) -
 
 @case(
     "postprocess",
-    shapes=without("G", shapes=star(ssd(outputs="trained"), B=BATCHES, A=(24_564,), C=(21, 91), dtype=("float32",)))
+    shapes=without(
+        "G",
+        shapes=star(ssd(outputs="trained"), B=BATCHES, A=(24_564,), C=(21, 91), head=inputs.HEADS, dtype=("float32",)),
+    )
     + without("G", shapes=star(ssd(outputs="random"), B=BATCHES, dtype=("float32",))),
     quick=without("G", shapes=[ssd(B=4, outputs="trained"), ssd(B=4, outputs="random")]),
     sweep=SSD_SWEEP,
 )
-def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, outputs: str) -> Workload:
+def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, head: str, outputs: str) -> Workload:
     """From the head's outputs to detections: trained, with few candidates, or at random initialisation."""
     anchors = inputs.anchors(A, device)
-    logits, deltas = inputs.head_outputs(B, A, C, outputs, dtype, device)
+    head_outputs = [inputs.as_head(packed, head) for packed in inputs.head_outputs(B, A, C, outputs, dtype, device)]
+    given, levels = [as_given(x) for x in head_outputs], [inputs.levels(x) for x in head_outputs]
     image_sizes = torch.full((B, 2), IMAGE, device=device)
     model = torchvision_ssd()
 
     def by_torchvision() -> list[dict[str, Tensor]]:
-        raw = {"cls_logits": logits.float(), "bbox_regression": deltas.float()}
+        logits, deltas = (inputs.repacked(x).float() for x in head_outputs)
+        raw = {"cls_logits": logits, "bbox_regression": deltas}
         return model.postprocess_detections(raw, [anchors] * B, [(IMAGE, IMAGE)] * B)
 
     settings = (WEIGHTS, 0.01, 0.45, 400, 200)
     return Workload(
         {
-            "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
+            "ssdcore": lambda: kernels.postprocess_detections(*given, anchors, image_sizes),
             "torchvision": by_torchvision,
-            "eager": lambda: eager.postprocess_detections(
-                [logits.unsqueeze(2)], [deltas.unsqueeze(2)], anchors, image_sizes, *settings
-            ),
+            "eager": lambda: eager.postprocess_detections(*levels, anchors, image_sizes, *settings),
         },
-        reads=(logits,),  # and the candidates' deltas, one in a hundred after training
+        reads=head_outputs[0],  # and the candidates' deltas, one in a hundred after training
         difference=same_detections,
     )

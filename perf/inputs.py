@@ -102,3 +102,35 @@ def head_outputs(B: int, A: int, C: int, state: str, dtype: torch.dtype, device:
     else:
         logits *= 0.05
     return logits.to(dtype), torch.randn(B, A, 4, device=device).to(dtype)
+
+
+HEADS = ("packed", "channels_last", "planes")
+
+
+def as_head(packed: Tensor, head: str) -> list[Tensor]:
+    """SSD300's outputs [B, 8732, C] as they are, one tensor, or as the maps [B, a * C, H, W] that convolutions leave,
+    in channels_last or, as planes, contiguous."""
+    if head == "packed":
+        return [packed]
+    maps, first = [], 0
+    memory_format = torch.channels_last if head == "channels_last" else torch.contiguous_format
+    for side, per_cell in zip(SSD300_COCO.grid_sizes, SSD300_COCO.anchors_per_cell, strict=True):
+        rows = packed[:, first : first + side * side * per_cell]
+        first += side * side * per_cell
+        maps.append(
+            rows.reshape(len(packed), side, side, -1).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+        )
+    return maps
+
+
+def levels(head: list[Tensor]) -> list[Tensor]:
+    """The same as views [B, P, a, C], as the implementations of the ops take it."""
+    if len(head) == 1:
+        return [head[0].unsqueeze(2)]
+    pairs = zip(head, SSD300_COCO.anchors_per_cell, strict=True)
+    return [x.unflatten(1, (per_cell, -1)).permute(0, 3, 4, 1, 2).flatten(1, 2) for x, per_cell in pairs]
+
+
+def repacked(head: list[Tensor]) -> Tensor:
+    """The same as [B, 8732, C], permuted and concatenated as by torchvision's own head."""
+    return head[0] if len(head) == 1 else torch.cat([x.flatten(1, 2) for x in levels(head)], dim=1)

@@ -106,11 +106,12 @@ def test_min_negatives_teach_an_image_without_objects(path: Path) -> None:
     assert sorted(grads[0][0].abs().sum(1).nonzero()[:, 0].tolist()) == sorted(background.topk(7).indices.tolist())
 
 
-def test_equal_negatives_go_to_the_lowest_anchors(path: Path) -> None:
-    arguments = problem([0], random_boxes(50))
+@pytest.mark.parametrize(("num_anchors", "wanted"), [(50, 7), (4200, 4100)])  # the latter in three steps
+def test_equal_negatives_go_to_the_lowest_anchors(path: Path, num_anchors: int, wanted: int) -> None:
+    arguments = problem([0], random_boxes(num_anchors))
     arguments["cls_logits"] = torch.zeros_like(arguments["cls_logits"])
-    _, grads = run(path, arguments, min_negatives=7)
-    assert grads[0][0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(7))
+    _, grads = run(path, arguments, min_negatives=wanted)
+    assert grads[0][0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(wanted))
 
 
 def test_an_image_that_wants_no_negatives_gets_none_where_another_has_equal_ones(path: Path) -> None:
@@ -233,6 +234,21 @@ def test_gradients_against_fp64(path: Path, normalizer: str, beta: float) -> Non
     wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
     _, grads = run(path, arguments, **settings)
     _, expected_grads = run(Path("eager", "cpu", 0), wide, **settings)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected)
+
+
+# A block of 64 anchors and a rest whose gradients begin and end within one aligned store, for some image.
+@pytest.mark.parametrize("num_anchors", [65, 66, 129])
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_neighbouring_programs_leave_each_others_gradients_alone(
+    path: Path, num_anchors: int, num_classes: int
+) -> None:
+    arguments = problem([1] * 5, random_boxes(num_anchors), num_classes)
+    _, grads = run(path, arguments, min_negatives=num_anchors)  # every row has a gradient
+    assert (grads[0] != 0).all()
+    wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
+    _, expected_grads = run(Path("eager", "cpu", 0), wide, min_negatives=num_anchors)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected)
 

@@ -88,6 +88,18 @@ def test_what_cannot_be_returned_is_left_out(path: Path, max_output: int) -> Non
     assert count.tolist() == [len(expected)]
 
 
+@pytest.mark.parametrize("max_output", [1, 64, 65, 120, 192, 193, 250, 300])
+def test_no_more_than_wanted_of_a_chain_of_decisions(path: Path, max_output: int) -> None:
+    # Every second box of 600 stands, 64 of each block: the chain is long enough in one block or another.
+    start = torch.arange(600.0)
+    boxes = torch.stack((start, torch.zeros(600), start + 3, torch.ones(600)), dim=1)
+    arguments = [x[None].to(path.device) for x in (boxes, -start, torch.zeros(600, dtype=torch.int64))]
+    for idxs in (None, arguments[2]):
+        kept, count = batched_nms_padded(*arguments[:2], idxs, 0.4, max_output)
+        assert kept[0].tolist() == list(range(0, 600, 2))[:max_output]
+        assert count.tolist() == [max_output]
+
+
 @pytest.mark.parametrize("candidates", [0, 1, 90, 127, 128, 129, 300])  # of each class, around the blocks' edges
 @pytest.mark.parametrize("with_classes", [False, True])
 def test_a_chain_ends_at_the_score_threshold(path: Path, candidates: int, with_classes: bool) -> None:

@@ -202,7 +202,7 @@ def test_a_wrong_kernel_is_refused(wrong: Callable[[torch.Tensor], torch.Tensor]
 def test_a_loss_that_mines_otherwise_is_refused(ratio: float) -> None:
     case = REGISTRY["multibox_loss"]
     torch.manual_seed(0)
-    workload = case.build("cpu", torch.float32, B=1, A=8732, C=21, G=7)
+    workload = case.build("cpu", torch.float32, B=1, A=8732, C=21, G=7, head="packed")
     right = workload.providers["ssdcore"]
     assert list(run.checked(workload)[0]) == ["ssdcore", "torchvision", "eager"]
 
@@ -312,6 +312,17 @@ def test_all_providers_of_a_case_agree(name: str) -> None:
         assert {"ssdcore", "torchvision", "eager"} <= set(right)
 
 
+@pytest.mark.parametrize("head", ["channels_last", "planes"])
+@pytest.mark.parametrize("name", ["criterion", "postprocess"])
+def test_all_providers_agree_on_maps(name: str, head: str) -> None:
+    torch.manual_seed(0)
+    shape = {key: SMALL.get(key, value) for key, value in REGISTRY[name].quick[0].items() if key != "dtype"}
+    workload = REGISTRY[name].build("cpu", torch.float32, **shape | {"A": 8732, "head": head})
+    right, excluded, _ = run.checked(workload)
+    assert excluded == {}
+    assert {"ssdcore", "torchvision", "eager"} <= set(right)
+
+
 @pytest.mark.parametrize("name", ["training step", "inference"])
 def test_both_detectors_do_the_same(name: str) -> None:
     torch.manual_seed(0)
@@ -384,7 +395,7 @@ def test_the_floor_of_a_box_iou() -> None:
 
 def test_the_floor_of_the_criterion() -> None:
     # Logits read, their gradient and the deltas' written, two losses: 86 microseconds for 128 images on an H200.
-    workload = REGISTRY["criterion"].build("cpu", torch.bfloat16, B=1, A=8732, C=81, G=7)
+    workload = REGISTRY["criterion"].build("cpu", torch.bfloat16, B=1, A=8732, C=81, G=7, head="packed")
     moved = moved_by(workload)
     assert moved == 2 * 8732 * (2 * 81 + 4) + 2 * 4
     assert 128 * moved / BANDWIDTH == pytest.approx(86.3e-6, rel=0.005)

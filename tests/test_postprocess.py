@@ -206,3 +206,25 @@ def test_what_lies_below_the_floor(
     assert torch.equal(found.labels.cpu(), expected.labels)
     assert_close(found.scores.cpu(), expected.scores)
     assert_close(found.boxes.cpu(), expected.boxes, scale=100)
+
+
+@pytest.mark.parametrize("path", ["triton"], indirect=True)
+def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With one launch less: at random initialisation everything is a candidate, and the best few hundred settle an image.
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
+
+    class Nothing:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(triton_postprocess, "_rest_kernel", Nothing())
+    monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
+    logits, deltas = head(2, 600, 5)
+    logits[..., 0] += 2  # the background is likely, as it is after training
+    anchors, sizes = random_boxes(600), torch.tensor([[300, 300]] * 2)
+    settings = {"max_detections": 20, "topk_candidates": 30}
+    found = run(path, logits, deltas, anchors, sizes, **settings)
+    expected = postprocess_detections(logits, deltas, anchors, sizes, **settings)
+    assert found.num_detections.tolist() == [20, 20]
+    assert torch.equal(found.labels, expected.labels)
+    assert_close(found.boxes, expected.boxes, scale=300)
