@@ -210,7 +210,7 @@ def test_what_lies_below_the_floor(
 
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
 def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With one launch less: at random initialisation everything is a candidate, and the best few hundred settle an image.
+    # With one launch less: everything is a candidate at first, and the best few hundred settle an image.
     triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
 
     class Nothing:
@@ -220,7 +220,7 @@ def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(triton_postprocess, "_rest_kernel", Nothing())
     monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
     logits, deltas = head(2, 600, 5)
-    logits[..., 0] += 2  # the background is likely, as it is after training
+    logits[..., 0] += 6  # the background is likeliest, as after training
     anchors, sizes = random_boxes(600), torch.tensor([[300, 300]] * 2)
     settings = {"max_detections": 20, "topk_candidates": 30}
     found = run(path, logits, deltas, anchors, sizes, **settings)
