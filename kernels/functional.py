@@ -269,7 +269,7 @@ def multibox_loss(
 
     Args:
         cls_logits: [B, A, C], or the head's maps, a sequence of [B, a * C, H, W] in the order of the anchors, the
-            channel being `anchor * C + class`.
+            channel being `anchor * C + class`. Maps in channels_last and contiguous ones are read where they lie.
         box_deltas: [B, A, 4], or a sequence of [B, a * 4, H, W].
         matched_idxs: int64 [B, A] from `match_anchors`.
         gt_boxes: [T, 4] xyxy.
@@ -339,7 +339,7 @@ def postprocess_detections(
 
     Args:
         cls_logits: [B, A, C], or the head's maps, a sequence of [B, a * C, H, W] in the order of the anchors, the
-            channel being `anchor * C + class`.
+            channel being `anchor * C + class`. Maps in channels_last and contiguous ones are read where they lie.
         box_deltas: [B, A, 4], or a sequence of [B, a * 4, H, W].
         anchors: [A, 4] xyxy.
         image_sizes: [B, 2] height and width, in the anchors' frame, that boxes are clipped to.

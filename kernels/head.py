@@ -63,7 +63,7 @@ def tile(num_classes: int) -> tuple[int, int]:
 
     Classes in pieces whose sum exceeds them little, 81 as three times 32: a power of two would be 128.
     """
-    chunk = max(32, triton.next_power_of_2(num_classes) // 8)
+    chunk = max(16, triton.next_power_of_2(num_classes) // 8)
     columns = triton.cdiv(num_classes, chunk) * chunk
     return max(1, min(TILE_ANCHORS, TILE // triton.next_power_of_2(columns))), chunk
 
@@ -159,20 +159,34 @@ def load_logits(logits_ptr, start, stride, mask, CLASSES: tl.constexpr, CHUNK: t
 
 
 @triton.jit
+def _one_a_thread(x):
+    """`x` [N] anew, its elements shared out: a reduction leaves each to as many threads as had a part in it, and what
+    follows would be done by all of them."""
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
+def power(logit, top):
+    """e to the difference of two logits; what is less than the least normal number is 0."""
+    # `tl.exp` keeps such numbers, with three more instructions for each.
+    return tl.exp2((logit - top) * 1.4426950408889634)
+
+
+@triton.jit
 def softmax(logits, PLANES: tl.constexpr):
     """Of each anchor the largest logit and the sum of what is left of each; and the latter, a tuple of tiles."""
     axis: tl.constexpr = 1 - PLANES
     top = logits[0]
     for chunk in tl.static_range(1, len(logits)):
         top = tl.maximum(top, logits[chunk])
-    top = tl.max(top, axis=axis)
+    top = _one_a_thread(tl.max(top, axis=axis))
     powers = ()
     for chunk in tl.static_range(len(logits)):
-        powers += (tl.exp(logits[chunk] - tl.expand_dims(top, axis)),)
+        powers += (power(logits[chunk], tl.expand_dims(top, axis)),)
     total = powers[0]
     for chunk in tl.static_range(1, len(logits)):
         total += powers[chunk]
-    return top, tl.sum(total, axis=axis), powers
+    return top, _one_a_thread(tl.sum(total, axis=axis)), powers
 
 
 @triton.jit

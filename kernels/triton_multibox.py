@@ -37,6 +37,7 @@ from ssdcore.kernels.head import (
     logit_tile,
     pick,
     pick_int,
+    power,
     softmax,
     store_deltas,
     tile,
@@ -342,7 +343,7 @@ def _backward_kernel(
                 category, place, read = logit_tile(start, stride, selected, chunk, CLASSES, CHUNK, PLANES)
                 logits = tl.load(logits_ptr + place, mask=read, other=0.0).to(tl.float32)
                 target = tl.where(category == tl.expand_dims(label, axis), 1.0, 0.0)
-                grad = (tl.exp(logits - tl.expand_dims(lse, axis)) - target) * tl.expand_dims(factor, axis)
+                grad = (power(logits, tl.expand_dims(lse, axis)) - target) * tl.expand_dims(factor, axis)
                 if PLANES:
                     _, place, written = logit_tile(start, stride, mask, chunk, CLASSES, CHUNK, PLANES)
                     tl.store(grad_logits_ptr + place, tl.where(read, grad, 0.0), mask=written)

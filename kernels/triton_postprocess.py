@@ -42,6 +42,7 @@ from ssdcore.kernels.head import (
     logit_tile,
     pick,
     pick_int,
+    power,
     softmax,
     tile,
 )
@@ -200,12 +201,12 @@ def _gather_kernel(
             total = tl.expand_dims(tl.load(total_ptr + row, mask=above, other=1.0), axis)
             for chunk in tl.static_range(tl.cdiv(CLASSES, CHUNK)):
                 category, place, inside = logit_tile(start, stride, above, chunk, CLASSES, CHUNK, PLANES)
-                power = tl.exp(tl.load(logits_ptr + place, mask=inside, other=-float("inf")).to(tl.float32) - top)
-                score = tl.div_rn(power, tl.broadcast_to(total, power.shape))
+                logits = tl.load(logits_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
+                score = tl.div_rn(power(logits, top), tl.broadcast_to(total, logits.shape))
                 better = (score > score_threshold) & (score.to(tl.int32, bitcast=True) > floor)
                 listed = better & inside & (category > 0)
                 key = _key(score, category - 1, tl.expand_dims(anchor, axis), num_anchors, LAST_ID)
-                group = tl.broadcast_to(image * (CLASSES - 1) + category - 1, power.shape)
+                group = tl.broadcast_to(image * (CLASSES - 1) + category - 1, logits.shape)
                 # A place of its own for each; relaxed, for only the next launch reads the lists.
                 slot = tl.atomic_add(num_listed_ptr + group, 1, mask=listed, sem="relaxed")
                 tl.store(lists_ptr + group * capacity + slot, key, mask=listed)
@@ -451,8 +452,8 @@ def _rest_kernel(
             start, stride = first_number(own, num_cells, per_cell, CLASSES, PLANES)
             logits_ptr = pick(logits_ptrs, level) + image * pick_int(logits_strides, level)
             logit = tl.load(logits_ptr + start + (category + 1) * stride, mask=mask, other=-float("inf"))
-            power = tl.exp(logit.to(tl.float32) - tl.load(top_ptr + row, mask=mask, other=0.0))
-            score = tl.div_rn(power, tl.load(total_ptr + row, mask=mask, other=1.0))
+            top, total = tl.load(top_ptr + row, mask=mask, other=0.0), tl.load(total_ptr + row, mask=mask, other=1.0)
+            score = tl.div_rn(power(logit.to(tl.float32), top), total)
             candidate = score > score_threshold
             # The boxes above the floor are there; another class's program may store the same ones.
             missing = candidate & (tl.load(best_ptr + row, mask=mask, other=-1) <= floor)

@@ -25,9 +25,9 @@ def test_names_every_op() -> None:
     ("row", "file"),
     [
         ("`box_iou`, `encode_boxes`, `decode_boxes` | 1 ", "triton_iou"),
-        ("`match_anchors` | 2 and", "triton_match"),
+        ("`match_anchors` | 2 |", "triton_match"),
         ("`multibox_loss` | 3 forward, 1 backward", "triton_multibox"),
-        ("`batched_nms_padded` | 2 and", "triton_nms"),
+        ("`batched_nms_padded` | 2, a fill", "triton_nms"),
         ("`postprocess_detections` | 4 |", "triton_postprocess"),
     ],
 )
