@@ -56,7 +56,7 @@ FILL = 1024  # zeros stored at once: 8 a thread at four warps, 16 bytes of bf16
 
 def mining_block(num_anchors: int) -> int:
     """Keys of an image in registers at once: all 8732, 32 a thread at sixteen warps."""
-    return min(16384, max(512, triton.next_power_of_2(num_anchors)))
+    return min(16384, max(MINING_STEP, triton.next_power_of_2(num_anchors)))
 
 
 @triton.jit

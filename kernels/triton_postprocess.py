@@ -6,10 +6,10 @@ most need never be looked at. Four launches, whatever the number of images and c
 
 1. Rows. A program takes a block of anchors of one image: softmax, of which it leaves the largest logit, the sum, and
    the best foreground score as an integer key. Reads the logits once.
-2. Gathering. The floor of an image is a score that FLOOR_ROWS anchors for each detection wanted exceed; every program
-   finds it for itself, for that is faster than a launch. The anchors above it, which are mostly all that have any
-   candidate, are read once more, decoded and clipped; their candidates are appended to lists, one a class. The order in
-   which programs come changes that of a list, but no result: keys are distinct, and only their order counts.
+2. Gathering. Decodes and clips the boxes of anchors with any candidate. The floor of an image is a score that fewer
+   than FLOOR_ROWS anchors for each detection wanted exceed; every program finds it for itself, for that is faster than
+   a launch. The logits of these anchors are read once more, and their candidates appended to lists, one a class. The
+   order in which programs come changes that of a list, but no result: keys are distinct, and only their order counts.
 3. Classes. A program takes one class of one image: of its list the k best, sorted by counting, and NMS over them, 32 at
    a time, each compared with the kept ones before it. What stands is appended to the image's list. The image's last
    program selects the best of that, sorts them by counting and writes the output, padding included.
@@ -112,34 +112,6 @@ def _clip(x, limit):
 
 
 @triton.jit
-def _decode_and_clip(
-    boxes_ptr,  # fp32 [B, A, 4] xyxy: out
-    deltas_ptr,  # of the image's level
-    anchors_ptr,  # [A, 4] xyxy
-    image_sizes_ptr,  # [B, 2] height, width
-    image,
-    anchor,
-    row,
-    own,
-    num_cells,
-    per_cell,
-    mask,
-    wx,
-    wy,
-    ww,
-    wh,
-    max_log_scale,
-    PLANES: tl.constexpr,
-):
-    dx, dy, dw, dh = load_deltas(deltas_ptr, own, num_cells, per_cell, mask, PLANES)
-    ax1, ay1, ax2, ay2 = load_box(anchors_ptr, anchor, mask)
-    x1, y1, x2, y2 = decode(dx, dy, dw, dh, ax1, ay1, ax2, ay2, wx, wy, ww, wh, max_log_scale)
-    height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
-    width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
-    store_box(boxes_ptr, row, _clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height), mask)
-
-
-@triton.jit
 def _key(score, category, anchor, num_anchors, LAST_ID: tl.constexpr):
     """By score, equal ones by class, then by anchor: distinct."""
     number = category * num_anchors + anchor
@@ -159,7 +131,7 @@ def _gather_kernel(
     top_ptr,  # fp32 [B, A]
     total_ptr,  # fp32 [B, A]
     best_ptr,  # int32 [B, A]
-    boxes_ptr,  # fp32 [B, A, 4] xyxy: of the anchors above the floor
+    boxes_ptr,  # fp32 [B, A, 4] xyxy: of the anchors with any candidate
     lists_ptr,  # int64 [B, C - 1, capacity]: keys
     num_listed_ptr,  # int32 [B, C - 1]: 0 at first
     floor_ptr,  # int32 [B]: bits of a score that all that is listed exceeds, and nothing else; -1: all is listed
@@ -182,19 +154,24 @@ def _gather_kernel(
     image = tl.program_id(1).to(tl.int64)
     floor, _ = limit_of_k_largest(best_ptr + image * num_anchors, num_anchors, capacity, 30, SELECT_BLOCK)
     tl.store(floor_ptr + image, floor)  # every program stores the same
+    height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
+    width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
     axis: tl.constexpr = 1 - PLANES
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         level, own_block, first_anchor, num_cells, per_cell = locate(block, cells, per_cells, BLOCK)
         own, mask = anchors_of_block(own_block, num_cells, per_cell, PLANES, BLOCK)
         anchor = first_anchor + own
         row = image * num_anchors + anchor
-        above = tl.load(best_ptr + row, mask=mask, other=-1) > floor
-        if tl.max(above.to(tl.int32)) > 0:
+        best = tl.load(best_ptr + row, mask=mask, other=-1)
+        some = best >= 0
+        if tl.max(best) >= 0:
             deltas_ptr = pick(deltas_ptrs, level) + image * pick_int(deltas_strides, level)
-            _decode_and_clip(
-                boxes_ptr, deltas_ptr, anchors_ptr, image_sizes_ptr, image, anchor, row, own, num_cells, per_cell,
-                above, wx, wy, ww, wh, max_log_scale, PLANES,
-            )  # fmt: skip
+            dx, dy, dw, dh = load_deltas(deltas_ptr, own, num_cells, per_cell, some, PLANES)
+            ax1, ay1, ax2, ay2 = load_box(anchors_ptr, anchor, some)
+            x1, y1, x2, y2 = decode(dx, dy, dw, dh, ax1, ay1, ax2, ay2, wx, wy, ww, wh, max_log_scale)
+            store_box(boxes_ptr, row, _clip(x1, width), _clip(y1, height), _clip(x2, width), _clip(y2, height), some)
+        if tl.max(best) > floor:
+            above = best > floor
             logits_ptr = pick(logits_ptrs, level) + image * pick_int(logits_strides, level)
             start, stride = first_number(own, num_cells, per_cell, CLASSES, PLANES)
             top = tl.expand_dims(tl.load(top_ptr + row, mask=above, other=0.0), axis)
@@ -393,17 +370,11 @@ def _class_kernel(
 def _rest_kernel(
     unsettled_ptr,  # int32 [B]
     logits_ptrs,  # [B, P, a, C] of each level
-    deltas_ptrs,  # [B, P, a, 4]
     logits_strides,  # of images, of each level
-    deltas_strides,
     cells,
     per_cells,
-    anchors_ptr,  # [A, 4] xyxy
-    image_sizes_ptr,  # [B, 2] height, width
     top_ptr,  # fp32 [B, A]
     total_ptr,  # fp32 [B, A]
-    best_ptr,  # int32 [B, A]
-    floor_ptr,  # int32 [B]
     all_boxes_ptr,  # fp32 [B, A, 4] xyxy
     lists_ptr,  # int64 [B, C - 1, capacity]
     sorted_keys_ptr,  # int64 [B, C - 1, K]
@@ -424,11 +395,6 @@ def _rest_kernel(
     max_detections,
     score_threshold,
     iou_threshold,
-    wx,
-    wy,
-    ww,
-    wh,
-    max_log_scale,
     CLASSES: tl.constexpr,
     LAST_ID: tl.constexpr,
     PLANES: tl.constexpr,
@@ -442,7 +408,6 @@ def _rest_kernel(
         list_ptr = lists_ptr + problem * capacity
         all_boxes_ptr += image * num_anchors * 4
         found_ptr += image * (CLASSES - 1) * topk
-        floor = tl.load(floor_ptr + image)
         listed = 0
         for block in range(num_blocks):
             level, own_block, first_anchor, num_cells, per_cell = locate(block, cells, per_cells, ANCHORS)
@@ -455,13 +420,6 @@ def _rest_kernel(
             top, total = tl.load(top_ptr + row, mask=mask, other=0.0), tl.load(total_ptr + row, mask=mask, other=1.0)
             score = tl.div_rn(power(logit.to(tl.float32), top), total)
             candidate = score > score_threshold
-            # The boxes above the floor are there; another class's program may store the same ones.
-            missing = candidate & (tl.load(best_ptr + row, mask=mask, other=-1) <= floor)
-            deltas_ptr = pick(deltas_ptrs, level) + image * pick_int(deltas_strides, level)
-            _decode_and_clip(
-                all_boxes_ptr, deltas_ptr, anchors_ptr, image_sizes_ptr, image, anchor, anchor, own, num_cells,
-                per_cell, missing, wx, wy, ww, wh, max_log_scale, PLANES,
-            )  # fmt: skip
             if listed + ANCHORS > capacity:
                 # The list's last keys were written by other threads.
                 tl.debug_barrier()
@@ -470,7 +428,7 @@ def _rest_kernel(
             key = _key(score, category, anchor, num_anchors, LAST_ID)
             tl.store(list_ptr + listed + tl.cumsum(one, 0) - one, key, mask=candidate)
             listed += tl.sum(one)
-        # What follows reads, from other threads, the list and the boxes.
+        # What follows reads, from other threads, the list.
         tl.debug_barrier()
         _settle_class(
             list_ptr, listed, category, all_boxes_ptr, sorted_keys_ptr + problem * topk,
@@ -547,7 +505,6 @@ def postprocess_detections_triton(
     all_boxes = empty(torch.float32, batch, num_anchors, 4)
     lists = empty(torch.int64, batch, num_foreground, capacity)
     floor = empty(torch.int32, batch)
-    decoding = (*weights, MAX_LOG_SCALE)
     gather_anchors = min(block_anchors, GATHER_ANCHORS)
     gather_blocks = head.blocks(gather_anchors)
     _gather_kernel[(min(gather_blocks, max(1, GATHER_PROGRAMS // batch)), batch)](
@@ -569,7 +526,8 @@ def postprocess_detections_triton(
         gather_blocks,
         capacity,
         score_threshold,
-        *decoding,
+        *weights,
+        MAX_LOG_SCALE,
         CLASSES=num_classes,
         LAST_ID=LAST_ID,
         PLANES=head.planes,
@@ -612,16 +570,11 @@ def postprocess_detections_triton(
     _rest_kernel[(num_foreground, batch)](
         unsettled,
         head.logits,
-        head.deltas,
-        *head.strides,
+        head.strides[0],
         head.cells,
         head.per_cell,
-        anchors,
-        image_sizes,
         top,
         total,
-        best,
-        floor,
         all_boxes,
         lists,
         *settling,
@@ -634,7 +587,6 @@ def postprocess_detections_triton(
         max_detections,
         score_threshold,
         round_down(iou_threshold),
-        *decoding,
         CLASSES=num_classes,
         LAST_ID=LAST_ID,
         PLANES=head.planes,

@@ -228,3 +228,19 @@ def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.M
     assert found.num_detections.tolist() == [20, 20]
     assert torch.equal(found.labels, expected.labels)
     assert_close(found.boxes, expected.boxes, scale=300)
+
+
+def test_a_score_equal_to_the_floor_waits_for_its_equals(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
+    monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+    monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
+    # Of class 1 the first 36 anchors, all alike, are best; their score of class 2 is what the others, apart, have of 1.
+    anchors = torch.tensor([[0.0, 0, 10, 10]]).repeat(140, 1)
+    anchors[36:] += 20.0 * torch.arange(1, 105)[:, None]
+    logits = torch.tensor([[-torch.inf, 1, 0]]).repeat(140, 1)
+    logits[36:] = torch.tensor([1, 0, -torch.inf])
+    sizes = torch.tensor([[9999, 9999]])
+    settings = {"max_detections": 2, "topk_candidates": 60}
+    found = run(path, logits[None], torch.zeros(1, 140, 4), anchors, sizes, **settings)
+    assert found.labels.tolist() == [[1, 1]]
+    assert torch.equal(found.boxes[0], anchors[[0, 36]])
