@@ -132,27 +132,21 @@ def first_number(anchor, num_cells, per_cell, width, PLANES: tl.constexpr):
 
 
 @triton.jit
-def logit_tile(
-    start, stride, mask, chunk: tl.constexpr, CLASSES: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr
-):
+def logit_tile(start, stride, mask, chunk, CLASSES: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr):
     """The classes of a piece, and of a tile of them and of anchors the places and which there are.
 
     Classes are the tile's first axis in planes, the second in rows: the last is what neighbouring threads share out.
     """
     axis: tl.constexpr = 1 - PLANES  # of the classes
     category = tl.expand_dims(chunk * CHUNK + tl.arange(0, CHUNK), 1 - axis)
-    place = tl.expand_dims(start, axis) + category * stride
-    mask = tl.expand_dims(mask, axis)
-    if (chunk + 1) * CHUNK > CLASSES:
-        mask = mask & (category < CLASSES)
-    return category, place, mask
+    return category, tl.expand_dims(start, axis) + category * stride, tl.expand_dims(mask, axis) & (category < CLASSES)
 
 
 @triton.jit
 def load_logits(logits_ptr, start, stride, mask, CLASSES: tl.constexpr, CHUNK: tl.constexpr, PLANES: tl.constexpr):
     """All logits of a block of anchors, a tuple of tiles, -inf where there are none."""
     logits = ()
-    for chunk in tl.static_range(tl.cdiv(CLASSES, CHUNK)):
+    for chunk in tl.static_range((CLASSES + CHUNK - 1) // CHUNK):
         _, place, inside = logit_tile(start, stride, mask, chunk, CLASSES, CHUNK, PLANES)
         logits += (tl.load(logits_ptr + place, mask=inside, other=-float("inf")).to(tl.float32),)
     return logits

@@ -129,12 +129,15 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     cls_logits, box_deltas, *truth, ctx.weights, _ratio, ctx.beta, _min_negatives, _normalizer = inputs
     _classification, _bbox_regression, *saved = output
     ctx.levels = len(cls_logits)
+    ctx.set_materialize_grads(False)  # of what only the backward needs there are none: no zeros in their place
     ctx.save_for_backward(*cls_logits, *box_deltas, *truth, *saved)
 
 
-def _differentiate_loss(ctx: Any, grad_cls: Tensor, grad_bbox: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _differentiate_loss(ctx: Any, grad_cls: Tensor | None, grad_bbox: Tensor | None, *_: None) -> tuple[Any, ...]:
     levels, (*tensors,) = ctx.levels, ctx.saved_tensors
     logits, deltas, rest = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
+    # One of the losses may not have been used.
+    grad_cls, grad_bbox = (rest[-1].new_zeros(()) if grad is None else grad for grad in (grad_cls, grad_bbox))
     grads = multibox_loss_backward(grad_cls, grad_bbox, logits, deltas, *rest, ctx.weights, ctx.beta)
     return grads[:levels], grads[levels:], *(None,) * 10  # the ground truth, the anchors and the settings have none
 

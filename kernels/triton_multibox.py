@@ -51,6 +51,7 @@ SUM_BLOCK = 256  # sums of blocks of anchors a step: all 140 of SSD300 at once
 BATCH_BLOCK = 128  # images a step of the last sum
 GRADIENT_ROWS = 64  # rows a program of the backward: fewer, and programs come and go faster than they write
 STEP_ROWS = 16  # rows looked at for selected ones at once: of sixteen, three times in four none is
+GRADIENT_TILE = 1024  # gradients of a piece of the classes computed at once, 8 a thread: more spill registers
 FILL = 1024  # zeros stored at once: 8 a thread at four warps, 16 bytes of bf16
 
 
@@ -339,7 +340,7 @@ def _backward_kernel(
             scale = tl.load(scale_ptr + image)
             factor = tl.where(valid, tl.load(grad_classification_ptr) * scale, float("nan"))
             lse = tl.load(lse_ptr + row, mask=selected, other=0.0)
-            for chunk in tl.static_range(tl.cdiv(CLASSES, CHUNK)):
+            for chunk in tl.static_range((CLASSES + CHUNK - 1) // CHUNK):
                 category, place, read = logit_tile(start, stride, selected, chunk, CLASSES, CHUNK, PLANES)
                 logits = tl.load(logits_ptr + place, mask=read, other=0.0).to(tl.float32)
                 target = tl.where(category == tl.expand_dims(label, axis), 1.0, 0.0)
@@ -366,7 +367,7 @@ def _backward_kernel(
                 PLANES,
             )
         elif PLANES:
-            for chunk in tl.static_range(tl.cdiv(CLASSES, CHUNK)):
+            for chunk in tl.static_range((CLASSES + CHUNK - 1) // CHUNK):
                 _, place, written = logit_tile(start, stride, mask, chunk, CLASSES, CHUNK, PLANES)
                 tl.store(grad_logits_ptr + place, tl.zeros(place.shape, tl.float32), mask=written)
             zero = tl.zeros([STEP], tl.float32)
@@ -485,6 +486,7 @@ def multibox_loss_backward_triton(
     head = Head.of(cls_logits, box_deltas)
     batch, num_anchors = matched_idxs.shape
     num_classes = head.logits[0].shape[3]
+    _, chunk = tile(num_classes)
     gradients = empty_gradients(cls_logits, box_deltas)
     if batch * num_anchors == 0:
         return gradients
@@ -512,8 +514,8 @@ def multibox_loss_backward_triton(
         CLASSES=num_classes,
         PLANES=head.planes,
         BLOCK=GRADIENT_ROWS,
-        STEP=GRADIENT_ROWS if head.planes else STEP_ROWS,
-        CHUNK=tile(num_classes)[1],
+        STEP=max(1, min(GRADIENT_ROWS if head.planes else STEP_ROWS, GRADIENT_TILE // chunk)),
+        CHUNK=chunk,
         FILL=FILL,
         num_warps=4,
         enable_fp_fusion=False,

@@ -105,7 +105,8 @@ def _met(suppressors, kept):
     return tl.max(((suppressors & kept[:, None]) != 0).to(tl.int32), axis=0) != 0
 
 
-@triton.jit
+# These numbers differ from call to call: to Triton an argument of 1, or a multiple of 16, is another kernel.
+@triton.jit(do_not_specialize=["num_boxes", "max_output"])
 def _settle_kernel(
     boxes_ptr,  # [B, N, 4] xyxy, by class, then by descending score
     classes_ptr,  # [B, N], or anything if not BY_CLASS
@@ -237,7 +238,7 @@ def _settle_kernel(
     tl.store(kept_ptr + kept_place, kept, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_boxes", "max_output"])
 def _collect_kernel(
     kept_ptr,  # bool [B, N], by place
     order_ptr,  # int64 [B, N]: the box at each place

@@ -176,7 +176,7 @@ def _gather_kernel(
             start, stride = first_number(own, num_cells, per_cell, CLASSES, PLANES)
             top = tl.expand_dims(tl.load(top_ptr + row, mask=above, other=0.0), axis)
             total = tl.expand_dims(tl.load(total_ptr + row, mask=above, other=1.0), axis)
-            for chunk in tl.static_range(tl.cdiv(CLASSES, CHUNK)):
+            for chunk in tl.static_range((CLASSES + CHUNK - 1) // CHUNK):
                 category, place, inside = logit_tile(start, stride, above, chunk, CLASSES, CHUNK, PLANES)
                 logits = tl.load(logits_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
                 score = tl.div_rn(power(logits, top), tl.broadcast_to(total, logits.shape))

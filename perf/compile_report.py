@@ -86,6 +86,12 @@ def production(dtype: torch.dtype) -> None:
     launch_all(dtype, num_classes=21, layouts=("packed",), levels=SSD300, **sizes)
 
 
+def many_classes(dtype: torch.dtype) -> None:
+    """Call every launcher with the classes of OpenImages."""
+    sizes = {"batch": 2, "topk": 400, "max_detections": 200, "min_negatives": 0}
+    launch_all(dtype, num_classes=601, layouts=("planes",), levels=SSD300, **sizes)
+
+
 def smallest(dtype: torch.dtype) -> None:
     """Call every launcher with ones: Triton makes an argument of 1 a constant, and another kernel of it."""
     sizes = {"batch": 1, "topk": 1, "max_detections": 1, "min_negatives": 1}
@@ -147,21 +153,24 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
     values.update({name: value for name, value in options.items() if name in kernel.arg_names})
     signature, constants, attributes = {}, {}, {}
 
-    def specialise(value: Any, path: tuple[int, ...], constexpr: bool = False) -> Any:
+    def specialise(value: Any, path: tuple[int, ...], constexpr: bool = False, as_it_is: bool = False) -> Any:
         """The type of an argument, or of each in a tuple; what is constant and what divisible by 16 goes by `path`."""
         if isinstance(value, tuple):
             return tuple(specialise(x, (*path, index)) for index, x in enumerate(value))
-        if constexpr or value is None or (type(value) is int and value == 1):
+        if constexpr or value is None or (type(value) is int and value == 1 and not as_it_is):
             constants[path] = value
             return "constexpr"
-        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if type(number) is int and number % 16 == 0 and not as_it_is:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return "*" + TYPES[value.dtype]
         return "fp32" if isinstance(value, float) else "i32"
 
     for position, parameter in enumerate(kernel.params):
-        signature[parameter.name] = specialise(values[parameter.name], (position,), parameter.is_constexpr)
+        signature[parameter.name] = specialise(
+            values[parameter.name], (position,), parameter.is_constexpr, parameter.do_not_specialize
+        )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return source, {name: value for name, value in options.items() if name not in kernel.arg_names}
 
@@ -256,7 +265,9 @@ def compile_all(architecture: str, calls: Callable[[], None]) -> Iterator[dict[s
 
 def report(architecture: str) -> list[dict[str, Any]]:
     rows = []
-    for dtype, calls in ((torch.float32, production), (torch.bfloat16, production), (torch.float32, smallest)):
+    problems = [(production, torch.float32), (production, torch.bfloat16)]
+    problems += [(many_classes, torch.bfloat16), (smallest, torch.float32)]
+    for calls, dtype in problems:
         for row in compile_all(architecture, lambda dtype=dtype, calls=calls: calls(dtype)):
             rows.append({"problem": calls.__name__, **row})
     return rows
