@@ -244,3 +244,22 @@ def test_a_score_equal_to_the_floor_waits_for_its_equals(path: Path, monkeypatch
     found = run(path, logits[None], torch.zeros(1, 140, 4), anchors, sizes, **settings)
     assert found.labels.tolist() == [[1, 1]]
     assert torch.equal(found.boxes[0], anchors[[0, 36]])
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_a_score_of_exactly_the_threshold_is_no_candidate(
+    path: Path, monkeypatch: pytest.MonkeyPatch, floor: bool
+) -> None:
+    if floor:  # below which some lie, and the image is settled anew
+        triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
+        monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+        monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
+    # All boxes alike, of each class one stands; class 2 has the same score everywhere, less than that of class 1.
+    anchors = torch.tensor([[0.0, 0, 10, 10]]).repeat(140, 1)
+    logits = torch.tensor([[[-torch.inf, 1, 0]]]).repeat(1, 140, 1)
+    arguments = (logits, torch.zeros(1, 140, 4), anchors, torch.tensor([[10, 10]]))
+    settings = {"max_detections": 5, "topk_candidates": 10}
+    scores = run(path, *arguments, score_threshold=0.0, **settings).scores[0]
+    assert scores[0] > scores[1] > scores[2] == 0
+    found = run(path, *arguments, score_threshold=scores[1].item(), **settings)
+    assert found.labels.tolist() == [[1, -1, -1, -1, -1]]
