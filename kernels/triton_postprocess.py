@@ -152,7 +152,7 @@ def _gather_kernel(
     SELECT_BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
-    floor, _ = limit_of_k_largest(best_ptr + image * num_anchors, num_anchors, capacity, 30, SELECT_BLOCK)
+    floor, _ = limit_of_k_largest(best_ptr + image * num_anchors, num_anchors, capacity, 29, SELECT_BLOCK)
     tl.store(floor_ptr + image, floor)  # every program stores the same
     height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
     width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
