@@ -544,12 +544,12 @@ def batched_nms_padded(
     if boxes.shape[1] <= NMS_FEW and boxes.is_cpu:
         boxes, scores = widen(boxes), widen(scores)
         candidate = None if score_threshold is None else scores > score_threshold
-        out, count = np.full((len(boxes), max_output), -1), np.zeros(len(boxes), dtype=np.int32)
+        rows, count = np.full((len(boxes), max_output), -1), np.zeros(len(boxes), dtype=np.int32)
         for image in range(len(boxes)):
             classes, own = (None if x is None else x[image].numpy() for x in (idxs, candidate))
             kept = _nms_of_few(boxes[image].numpy(), scores[image].numpy(), classes, iou_threshold, own)[:max_output]
-            out[image, : len(kept)], count[image] = kept, len(kept)
-        return torch.from_numpy(out), torch.from_numpy(count)
+            rows[image, : len(kept)], count[image] = kept, len(kept)
+        return torch.from_numpy(rows), torch.from_numpy(count)
     keep = _keep_mask(boxes, scores, idxs, iou_threshold, score_threshold)
     order = sort_key(scores).argsort(dim=1, descending=True, stable=True)  # [B, N]
     keep = keep.gather(1, order)

@@ -217,8 +217,9 @@ def _settle_kernel(
         changed = tl.max((kept ^ before).to(tl.int32))
     kept_words = _pack(kept, BLOCK)
     block_ptr = words_ptr + (first_block + block) * (BLOCK // 32) + word
-    # Relaxed, the word being all there is to see; atomic, so that no cache holds it back.
-    tl.atomic_xchg(block_ptr, (kept_words.to(tl.int64) & 0xFFFFFFFF) | PUBLISHED, sem="relaxed")
+    # Relaxed, the word being all there is to see; atomic, so that no cache holds it back. Added to zero, for AMD's
+    # backend of Triton 3.6 cannot exchange.
+    tl.atomic_add(block_ptr, (kept_words.to(tl.int64) & 0xFFFFFFFF) | PUBLISHED, sem="relaxed")
 
     of_last = inside
     if BY_CLASS:
