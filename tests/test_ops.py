@@ -65,8 +65,14 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def same(found: Any, expected: Any) -> bool:
-    pairs = list(zip(tensors(found), tensors(expected), strict=True))
-    return all(a.dtype == b.dtype and torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in pairs)
+    """Bit for bit, and NaN where the other is NaN."""
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        nan = a.isnan()
+        same_numbers = torch.equal(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
+        return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and same_numbers
+
+    return all(equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
 
 
 def as_maps(levels: list[Tensor], memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
