@@ -22,6 +22,10 @@ from ssdcore.kernels.boxmath import load_box, store_box
 from ssdcore.kernels.eager import in_planes
 
 
+TILE = 8192  # logits a program has at once, the last piece's padding included: 64 a thread at four warps
+TILE_ANCHORS = 64  # at most: with 81 classes 48 logits a thread, and registers for seven programs a multiprocessor
+
+
 @dataclass(frozen=True)
 class Head:
     """What the kernels are told of a head's outputs, as tuples of a level each."""
@@ -61,15 +65,11 @@ class Head:
 def tile(num_classes: int) -> tuple[int, int]:
     """Anchors and classes that a program has in its registers at once.
 
-    Classes in pieces whose sum exceeds them little, 81 as three times 32: a power of two would be 128.
+    Classes in pieces whose sum exceeds them little, 81 as six times 16: a power of two would be 128.
     """
     chunk = max(16, triton.next_power_of_2(num_classes) // 8)
     columns = triton.cdiv(num_classes, chunk) * chunk
     return max(1, min(TILE_ANCHORS, TILE // triton.next_power_of_2(columns))), chunk
-
-
-TILE = 8192  # logits, the last piece's padding included: 64 a thread at four warps
-TILE_ANCHORS = 64
 
 
 @triton.jit

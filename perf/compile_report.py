@@ -81,7 +81,7 @@ def recorded() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, An
 def production(dtype: torch.dtype) -> None:
     """Call every launcher at the shapes of SSD300: COCO's classes in maps of both layouts, VOC's in one tensor."""
     sizes = {"batch": 2, "topk": 400, "max_detections": 200, "min_negatives": 0}
-    # Torchvision's 91 classes of COCO make the kernels of 81: both are three pieces of 32.
+    # Torchvision's 91 classes of COCO make the kernels of 81: both are six pieces of 16.
     launch_all(dtype, num_classes=81, layouts=("rows", "planes"), levels=SSD300, **sizes)
     launch_all(dtype, num_classes=21, layouts=("packed",), levels=SSD300, **sizes)
 
