@@ -21,7 +21,6 @@ from torch import Tensor
 from ssdcore.kernels.boxmath import load_box, store_box
 from ssdcore.kernels.eager import in_planes
 
-
 TILE = 8192  # logits a program has at once, the last piece's padding included: 64 a thread at four warps
 TILE_ANCHORS = 64  # at most: with 81 classes 48 logits a thread, and registers for seven programs a multiprocessor
 
