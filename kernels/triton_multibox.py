@@ -10,9 +10,8 @@ Forward, three launches:
 3. The sums over the batch, and the factor of each image's gradient.
 
 Backward, one launch, which writes both gradients once and of the logits reads the selected rows only, about one in
-sixty. In rows, a program fills its stretch of the gradient with zeros, 16 bytes a store, while it waits for the
-selection, and then overwrites the selected rows. In planes an anchor's numbers lie far apart, and a tile of zeros and
-gradients is written at once.
+sixty. In rows, a program fills its stretch of the gradient with zeros, 16 bytes a store, and then overwrites the
+selected rows. In planes an anchor's numbers lie far apart, and a tile of zeros and gradients is written at once.
 
 Bytes that must move: the logits in, the gradients out. At B = 128, C = 81 and bf16 181 + 190 MB, 86 us at 4.3 TB/s.
 Scratch memory: 9 bytes an anchor (log-sum-exp, key, selected). Sums run in a fixed order: the same bits every time.
