@@ -84,7 +84,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: a shape, device or threshold does not fit.
     """
     _check("boxes", boxes, ("N", 4), _FLOATS)
-    _check("scores", scores, (len(boxes),), _FLOATS, like=boxes)
+    _check("scores", scores, (boxes.shape[0],), _FLOATS, like=boxes)
     _check_at_least("iou_threshold", iou_threshold, 0)
     return ops.nms(boxes.detach(), scores.detach(), None, float(iou_threshold))
 
@@ -110,8 +110,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         ValueError: a shape, device or threshold does not fit.
     """
     _check("boxes", boxes, ("N", 4), _FLOATS)
-    _check("scores", scores, (len(boxes),), _FLOATS, like=boxes)
-    _check("idxs", idxs, (len(boxes),), _INTEGERS, like=boxes)
+    _check("scores", scores, (boxes.shape[0],), _FLOATS, like=boxes)
+    _check("idxs", idxs, (boxes.shape[0],), _INTEGERS, like=boxes)
     _check_at_least("iou_threshold", iou_threshold, 0)
     return ops.nms(boxes.detach(), scores.detach(), idxs, float(iou_threshold))
 
@@ -295,7 +295,7 @@ def multibox_loss(
     _check("anchors", anchors, (num_anchors, 4), _FLOATS, like=logits[0])
     _check("matched_idxs", matched_idxs, (batch, num_anchors), (torch.int64,), like=logits[0])
     _check("gt_boxes", gt_boxes, ("T", 4), _FLOATS, like=logits[0])
-    _check("gt_labels", gt_labels, (len(gt_boxes),), _INTEGERS, like=logits[0])
+    _check("gt_labels", gt_labels, (gt_boxes.shape[0],), _INTEGERS, like=logits[0])
     _check("gt_offsets", gt_offsets, (batch + 1,), (torch.int32, torch.int64), like=logits[0])
     _check_at_least("neg_pos_ratio", neg_pos_ratio, 0)
     _check_at_least("beta", beta, 0)
@@ -407,7 +407,7 @@ def _check(
 
 
 def _check_offsets(gt_offsets: Tensor) -> None:
-    if len(gt_offsets) == 0:
+    if gt_offsets.shape[0] == 0:
         raise ValueError("gt_offsets must have shape [B + 1], got [0]")
 
 
@@ -491,4 +491,4 @@ def _levels(
         num_anchors += height * width * per_cell
         for maps, views in ((cls_map, logits), (box_map, deltas)):
             views.append(maps.unflatten(1, (per_cell, -1)).permute(0, 3, 4, 1, 2).flatten(1, 2))
-    return logits, deltas, int(batch), num_anchors
+    return logits, deltas, cls_logits[0].shape[0], num_anchors  # not int(batch), which would fix its size

@@ -66,7 +66,7 @@ decode_boxes_backward = _define("decode_boxes_backward", "triton_codec")
 
 @register_fake("ssdcore::box_iou", lib=LIBRARY)
 def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    return boxes1.new_empty(len(boxes1), len(boxes2), dtype=_computed(boxes1))
+    return boxes1.new_empty(boxes1.shape[0], boxes2.shape[0], dtype=_computed(boxes1))
 
 
 @register_fake("ssdcore::encode_boxes", lib=LIBRARY)
@@ -101,7 +101,7 @@ multibox_loss_backward = _define("multibox_loss_backward", "triton_multibox")
 
 @register_fake("ssdcore::match_anchors", lib=LIBRARY)
 def _(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
-    return anchors.new_empty(len(gt_offsets) - 1, len(anchors), dtype=torch.int64)
+    return anchors.new_empty(gt_offsets.shape[0] - 1, anchors.shape[0], dtype=torch.int64)
 
 
 @register_fake("ssdcore::multibox_loss", lib=LIBRARY)
@@ -114,7 +114,7 @@ def _(
         like.new_empty((), dtype=dtype),
         like.new_empty(matched_idxs.shape, dtype=dtype),
         like.new_empty(matched_idxs.shape, dtype=torch.bool),
-        like.new_empty(len(matched_idxs), dtype=dtype),
+        like.new_empty(matched_idxs.shape[0], dtype=dtype),
     )
 
 
@@ -162,14 +162,14 @@ def _(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou: float, max_output: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return (
-        boxes.new_empty(len(boxes), max_output, dtype=torch.int64),
-        boxes.new_empty(len(boxes), dtype=torch.int32),
+        boxes.new_empty(boxes.shape[0], max_output, dtype=torch.int64),
+        boxes.new_empty(boxes.shape[0], dtype=torch.int32),
     )
 
 
 @register_fake("ssdcore::postprocess_detections", lib=LIBRARY)
 def _(cls_logits: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like, batch, max_detections = cls_logits[0], len(cls_logits[0]), args[-1]
+    like, batch, max_detections = cls_logits[0], cls_logits[0].shape[0], args[-1]
     return (
         like.new_empty(batch, max_detections, 4, dtype=torch.float32),
         like.new_empty(batch, max_detections, dtype=torch.float32),

@@ -140,10 +140,9 @@ def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
 
 
 @pytest.mark.parametrize("name", _public_calls())
-def test_compiles_as_one_graph(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The number of boxes kept is not known before it is computed: torch before 2.15 has to be told.
-    if hasattr(torch._dynamo.config, "capture_dynamic_output_shape_ops"):
-        monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+# `nms` returns as many indices as it keeps boxes, a number that is not known in advance.
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_as_one_graph(path: Path, name: str) -> None:
     call, arguments = _public_calls()[name], op_arguments(path.device)
     torch._dynamo.reset()
     expected, found = call(arguments), torch.compile(call, fullgraph=True, backend="aot_eager")(arguments)
