@@ -43,7 +43,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every pair of boxes; a pair without any area is 0/0, which is NaN.
 
     The values are torchvision's. 16-bit boxes and integers are taken as fp32 from the start (torchvision subtracts
-    16-bit corners in 16 bits). Not differentiable.
+    16-bit corners in 16 bits). Not differentiable: an input that requires a gradient is an error while gradients are
+    recorded.
 
     Args:
         boxes1: [N, 4] xyxy.
@@ -54,13 +55,14 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit, or an input requires a gradient.
     """
     _check("boxes1", boxes1, ("N", 4), _FLOATS + _INTEGERS)
     _check("boxes2", boxes2, ("M", 4), (boxes1.dtype,), like=boxes1)
     if not boxes1.is_floating_point():
         boxes1, boxes2 = boxes1.float(), boxes2.float()
-    return ops.box_iou(boxes1.detach(), boxes2.detach())
+    _refuse_gradients("box_iou", boxes1=boxes1, boxes2=boxes2)
+    return ops.box_iou(boxes1, boxes2)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -160,7 +162,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = BOX_
     """Boxes as offsets from anchors: `w * (centre - anchor centre) / anchor size`, `w * log(size / anchor size)`.
 
     torchvision's `BoxCoder.encode`. A box without area has a size of minus infinity, an inverted one NaN. Not
-    differentiable.
+    differentiable: an input that requires a gradient is an error while gradients are recorded.
 
     Args:
         boxes: [..., 4] xyxy.
@@ -172,17 +174,18 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = BOX_
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit, or an input requires a gradient.
     """
     boxes, anchors = _broadcast("boxes", boxes, anchors)
-    return ops.encode_boxes(boxes.detach(), anchors.detach(), _check_weights(weights))
+    _refuse_gradients("encode_boxes", boxes=boxes, anchors=anchors)
+    return ops.encode_boxes(boxes, anchors, _check_weights(weights))
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = BOX_WEIGHTS) -> Tensor:
     """The boxes that `encode_boxes` would turn into `deltas`; sizes are clamped at 62.5 times the anchor's.
 
-    torchvision's `BoxCoder.decode`, dw and dh clamped at log(1000 / 16). Differentiable in `deltas`; anchors are
-    constants.
+    torchvision's `BoxCoder.decode`, dw and dh clamped at log(1000 / 16). Differentiable in `deltas`, not in `anchors`:
+    anchors that require a gradient are an error while gradients are recorded.
 
     Args:
         deltas: [..., 4]: dx, dy, dw, dh.
@@ -194,10 +197,11 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = BOX
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit, or `anchors` requires a gradient.
     """
     deltas, anchors = _broadcast("deltas", deltas, anchors)
-    return ops.decode_boxes(deltas, anchors.detach(), _check_weights(weights))
+    _refuse_gradients("decode_boxes", anchors=anchors)
+    return ops.decode_boxes(deltas, anchors, _check_weights(weights))
 
 
 def match_anchors(
@@ -265,7 +269,8 @@ def multibox_loss(
     A NaN or +inf logit of any anchor, selected or not, gives a NaN classification loss (with `"image"`: where the
     image has positives). The label of a positive outside 1..C-1, or a match beyond the image's ground truths, gives
     NaN for both losses; memory outside the tensors is never read.
-    Differentiable in `cls_logits` and `box_deltas`, once.
+    Differentiable in `cls_logits` and `box_deltas`, once. Ground truth or anchors that require a gradient are an error
+    while gradients are recorded.
 
     Args:
         cls_logits: [B, A, C], or the head's maps, a sequence of [B, a * C, H, W] in the order of the anchors, the
@@ -302,14 +307,15 @@ def multibox_loss(
     _check_count("min_negatives", min_negatives, 0)
     if normalizer not in ("batch", "image"):
         raise ValueError(f"normalizer must be 'batch' or 'image', got {normalizer!r}")
+    _refuse_gradients("multibox_loss", gt_boxes=gt_boxes, anchors=anchors)
     classification, bbox_regression, *_ = ops.multibox_loss(
         logits,
         deltas,
         matched_idxs,
-        gt_boxes.detach(),
+        gt_boxes,
         gt_labels,
         gt_offsets,
-        anchors.detach(),
+        anchors,
         _check_weights(weights),
         float(neg_pos_ratio),
         float(beta),
@@ -404,6 +410,17 @@ def _check(
         raise ValueError(f"{name} must be on {like.device}, as the first argument, got {tensor.device}")
     if tensor.dtype == torch.float64 and tensor.device.type != "cpu":
         raise TypeError(f"{name} must be float32, float16 or bfloat16 on {tensor.device.type}, got float64")
+
+
+def _refuse_gradients(function: str, **tensors: Tensor) -> None:
+    """Raise if gradients are being recorded and a tensor, which `function` has no gradient for, requires one."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, and {function} has none with respect to it: "
+                    f"pass {name}.detach(), or call {function} under torch.no_grad()"
+                )
 
 
 def _check_offsets(gt_offsets: Tensor) -> None:

@@ -366,6 +366,41 @@ def test_errors_name_what_was_expected_and_what_came(call: Callable[[], Any], er
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (kernels.box_iou, ("boxes1", "boxes2")),
+        (kernels.encode_boxes, ("boxes", "anchors")),
+        (lambda **x: kernels.decode_boxes(BOXES, **x), ("anchors",)),
+        (lambda **x: kernels.multibox_loss(LOGITS, DELTAS, *TRUTH[:1], **x), ("gt_boxes", "anchors")),
+    ],
+    ids=["box_iou", "encode_boxes", "decode_boxes", "multibox_loss"],
+)
+def test_a_gradient_that_an_op_does_not_have_is_an_error(call: Callable[..., Any], names: tuple[str, ...]) -> None:
+    # Detaching the input instead would train on the rest of a sum without a word.
+    given = {name: TRUTH[1].clone() if name == "gt_boxes" else BOXES.clone() for name in names}
+    if "gt_boxes" in names:
+        given |= {"gt_labels": TRUTH[2], "gt_offsets": TRUTH[3]}
+    for name in names:
+        wants_gradient = given | {name: given[name].clone().requires_grad_()}
+        with pytest.raises(ValueError, match=rf"{name} requires a gradient, and .* has none .*pass {name}.detach\(\)"):
+            call(**wants_gradient)
+        with torch.no_grad():
+            expected = call(**given)
+            assert same(call(**wants_gradient), expected)
+        assert same(call(**wants_gradient | {name: wants_gradient[name].detach()}), expected)
+
+
+def test_decisions_have_no_gradient_to_lose() -> None:
+    # Indices carry no gradient, and detections are constants: a detector is evaluated with and without `no_grad`.
+    boxes, scores = BOXES.clone().requires_grad_(), SCORES.clone().requires_grad_()
+    assert not kernels.nms(boxes, scores, 0.5).requires_grad
+    assert not kernels.match_anchors(boxes[:1], TRUTH[3][1:], boxes).requires_grad
+    logits, deltas = LOGITS.clone().requires_grad_(), DELTAS.clone().requires_grad_()
+    detections = kernels.postprocess_detections(logits, deltas, BOXES, torch.full((2, 2), 300))
+    assert not any(x.requires_grad for x in detections)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", sorted(_public_calls().keys() - {"nms", "batched_nms"}))
 def test_never_waits_for_the_gpu_and_can_be_captured(name: str) -> None:
