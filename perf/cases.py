@@ -20,7 +20,11 @@ from torchvision.models.detection._utils import BoxCoder, SSDMatcher
 from torchvision.models.detection.ssd import SSD
 
 from ssdcore import kernels
-from ssdcore.kernels import eager
+from ssdcore.kernels.boxes import eager as boxes_eager
+from ssdcore.kernels.matching import eager as matching_eager
+from ssdcore.kernels.multibox import eager as multibox_eager
+from ssdcore.kernels.nms import eager as nms_eager
+from ssdcore.kernels.postprocess import eager as postprocess_eager
 
 WEIGHTS = [10.0, 10.0, 5.0, 5.0]
 IMAGE = 300  # pixels
@@ -200,7 +204,7 @@ def box_iou(device: str, dtype: torch.dtype, N: int, M: int) -> Workload:
         {
             "ssdcore": lambda: kernels.box_iou(boxes, anchors),
             "torchvision": lambda: torchvision.ops.box_iou(boxes, anchors),
-            "eager": lambda: eager.box_iou(boxes, anchors),
+            "eager": lambda: boxes_eager.box_iou(boxes, anchors),
         },
         reads=(boxes, anchors),
     )
@@ -215,7 +219,7 @@ def encode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
         {
             "ssdcore": lambda: kernels.encode_boxes(boxes, anchors),
             "torchvision": lambda: coder.encode_single(flat_boxes, flat_anchors).view(B, A, 4),
-            "eager": lambda: eager.encode_boxes(boxes, anchors, WEIGHTS),
+            "eager": lambda: boxes_eager.encode_boxes(boxes, anchors, WEIGHTS),
         },
         reads=(boxes, anchors),
     )
@@ -230,7 +234,7 @@ def decode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
         {
             "ssdcore": lambda: kernels.decode_boxes(deltas, anchors),
             "torchvision": lambda: coder.decode_single(flat_deltas, flat_anchors).view(B, A, 4),
-            "eager": lambda: eager.decode_boxes(deltas, anchors, WEIGHTS),
+            "eager": lambda: boxes_eager.decode_boxes(deltas, anchors, WEIGHTS),
         },
         reads=(deltas, anchors),
     )
@@ -262,7 +266,7 @@ def nms(device: str, dtype: torch.dtype, N: int, boxes: str) -> Workload:
     providers = {
         "ssdcore": lambda: kernels.nms(corners, scores, 0.5),
         "torchvision": lambda: torchvision.ops.nms(corners, scores, 0.5),
-        "eager": lambda: eager.nms(corners, scores, None, 0.5),
+        "eager": lambda: nms_eager.nms(corners, scores, None, 0.5),
     }
     conch = conch_nms()
     # Its memory is 4 N^2 bytes, and it suppresses one box at a time: beyond 10,000 boxes it takes seconds.
@@ -288,7 +292,7 @@ def batched_nms(device: str, dtype: torch.dtype, N: int, K: int) -> Workload:
         {
             "ssdcore": lambda: kernels.batched_nms(boxes, scores, idxs, 0.5),
             "torchvision": lambda: torchvision.ops.batched_nms(boxes, scores, idxs, 0.5),
-            "eager": lambda: eager.nms(boxes, scores, idxs, 0.5),
+            "eager": lambda: nms_eager.nms(boxes, scores, idxs, 0.5),
         },
         reads=(boxes, scores, idxs),
     )
@@ -312,7 +316,7 @@ def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int) 
             "torchvision": lambda: [
                 torchvision.ops.batched_nms(*image, 0.5) for image in zip(boxes, scores, idxs, strict=True)
             ],
-            "eager": lambda: eager.batched_nms_padded(boxes, scores, idxs, 0.5, most, None),
+            "eager": lambda: nms_eager.batched_nms_padded(boxes, scores, idxs, 0.5, most, None),
         },
         reads=(boxes, scores, idxs),
         difference=same_kept,
@@ -342,7 +346,7 @@ def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Wo
         {
             "ssdcore": lambda: kernels.match_anchors(truth.boxes, truth.offsets, anchors),
             "torchvision": lambda: torch.stack(match_by_torchvision(images, anchors)),
-            "eager": lambda: eager.match_anchors(truth.boxes, truth.offsets, anchors, 0.5),
+            "eager": lambda: matching_eager.match_anchors(truth.boxes, truth.offsets, anchors, 0.5),
         },
         reads=(truth.boxes, anchors),
         difference=same_matches,
@@ -368,7 +372,7 @@ class _Loss:
         return kernels.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors)
 
     def match_by_eager(self) -> Tensor:
-        return eager.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors, 0.5)
+        return matching_eager.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors, 0.5)
 
     def ssdcore(self, matched: Tensor) -> list[Tensor]:
         truth = (self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
@@ -379,8 +383,8 @@ class _Loss:
         truth = (matched, self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
         head = [inputs.levels(x) for x in (self.logits, self.deltas)]
         with torch.no_grad():
-            *losses, lse, selected, scale = eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
-            gradients = eager.multibox_loss_backward(
+            *losses, lse, selected, scale = multibox_eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
+            gradients = multibox_eager.multibox_loss_backward(
                 self.one, self.one, *head, *truth, lse, selected, scale, WEIGHTS, 1.0
             )
         pairs = zip(gradients, self.leaves, strict=True)
@@ -475,7 +479,7 @@ def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, head: s
         {
             "ssdcore": lambda: kernels.postprocess_detections(*given, anchors, image_sizes),
             "torchvision": by_torchvision,
-            "eager": lambda: eager.postprocess_detections(*levels, anchors, image_sizes, *settings),
+            "eager": lambda: postprocess_eager.postprocess_detections(*levels, anchors, image_sizes, *settings),
         },
         reads=head_outputs[0],  # and the candidates' deltas, one in a hundred after training
         difference=same_detections,

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +32,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ssdcore.kernels import (
-    triton_codec,
-    triton_iou,
-    triton_match,
-    triton_multibox,
-    triton_nms,
-    triton_postprocess,
+from ssdcore.kernels.boxes.triton import (
+    launch_box_iou,
+    launch_decode_boxes,
+    launch_decode_boxes_backward,
+    launch_encode_boxes,
 )
+from ssdcore.kernels.device.head import HeadShape
+from ssdcore.kernels.matching.triton import launch_match_anchors
+from ssdcore.kernels.multibox.triton import launch_multibox_loss, launch_multibox_loss_backward
+from ssdcore.kernels.nms.triton import launch_batched_nms_padded
+from ssdcore.kernels.postprocess.triton import launch_postprocess_detections
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100 and H200, B200, MI300
 COLUMNS = ("registers", "spilled", "shared", "instructions", "loads", "stores", "wide", "barriers")
@@ -127,24 +130,22 @@ def launch_all(
     matched = torch.zeros(batch, num_anchors, dtype=torch.int64)
     scalar = torch.zeros(())
 
-    triton_iou.box_iou_triton(boxes[0], boxes[-1])
-    triton_codec.encode_boxes_triton(boxes, anchors, WEIGHTS)
-    triton_codec.decode_boxes_triton(boxes, anchors, WEIGHTS)
-    triton_codec.decode_boxes_backward_triton(boxes.float(), boxes, anchors, WEIGHTS)
-    triton_match.match_anchors_triton(gt_boxes, gt_offsets, anchors, 0.5)
+    launch_box_iou(boxes[0], boxes[-1])
+    launch_encode_boxes(boxes, anchors, WEIGHTS)
+    launch_decode_boxes(boxes, anchors, WEIGHTS)
+    launch_decode_boxes_backward(boxes.float(), boxes, anchors, WEIGHTS)
+    launch_match_anchors(gt_boxes, gt_offsets, anchors, 0.5)
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
     for layout in layouts:
         head = [levels_of(levels, layout, batch, width, dtype) for width in (num_classes, 4)]
         for normalizer in ("batch", "image"):
-            *_, lse, selected, scale = triton_multibox.multibox_loss_triton(
-                *head, *truth, WEIGHTS, 3.0, 1.0, min_negatives, normalizer
-            )
-        triton_multibox.multibox_loss_backward_triton(scalar, scalar, *head, *truth, lse, selected, scale, WEIGHTS, 1.0)
-        triton_postprocess.postprocess_detections_triton(
+            *_, lse, selected, scale = launch_multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, min_negatives, normalizer)
+        launch_multibox_loss_backward(scalar, scalar, *head, *truth, lse, selected, scale, WEIGHTS, 1.0)
+        launch_postprocess_detections(
             *head, anchors, torch.full((batch, 2), 300), WEIGHTS, 0.01, 0.45, topk, max_detections
         )
     for idxs in (None, matched):
-        triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, max_detections, 0.01)
+        launch_batched_nms_padded(boxes, boxes[..., 0], idxs, 0.45, max_detections, 0.01)
 
 
 def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
@@ -155,8 +156,9 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
 
     def specialise(value: Any, path: tuple[int, ...], constexpr: bool = False, as_it_is: bool = False) -> Any:
         """The type of an argument, or of each in a tuple; what is constant and what divisible by 16 goes by `path`."""
-        if isinstance(value, tuple):
-            return tuple(specialise(x, (*path, index)) for index, x in enumerate(value))
+        if isinstance(value, tuple) and not constexpr:
+            kinds = [specialise(x, (*path, index)) for index, x in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)  # a bundle keeps its names
         if constexpr or value is None or (type(value) is int and value == 1 and not as_it_is):
             constants[path] = value
             return "constexpr"
@@ -175,12 +177,12 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
     return source, {name: value for name, value in options.items() if name not in kernel.arg_names}
 
 
-def layout_of(args: tuple[Any, ...], options: dict[str, Any]) -> str:
+def head_text(values: dict[str, Any]) -> str:
     """Classes, levels and layout of the head's outputs that a launch reads, as in "81x6 rows"; "" if it reads none."""
-    if "PLANES" not in options:
+    head = values.get("HEAD")
+    if not isinstance(head, HeadShape):
         return ""
-    levels = next(len(value) for value in args if isinstance(value, tuple))
-    return f"{options['CLASSES']}x{levels} {'planes' if options['PLANES'] else 'rows'}"
+    return f"{head.classes}x{len(values['level_sizes'].cells)} {'planes' if head.planes else 'rows'}"
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -234,20 +236,28 @@ def instruction_counts(lines: list[str], **patterns: str) -> dict[str, int]:
     return {"instructions": len(lines), **counts}
 
 
+def flat(kinds: Iterable[Any]) -> Iterator[str]:
+    """The types of arguments, those in bundles one by one."""
+    for kind in kinds:
+        if isinstance(kind, tuple):
+            yield from flat(kind)
+        else:
+            yield kind
+
+
 def compile_all(architecture: str, calls: Callable[[], None]) -> Iterator[dict[str, Any]]:
     with recorded() as launches:
         calls()
     target = target_of(architecture)
     seen = set()
     for kernel, args, options in launches:
-        head = layout_of(args, options)
+        head = head_text(options)
         source, options = describe(kernel, args, options)
         if source.hash() in seen:
             continue
         seen.add(source.hash())
         compiled = triton.compile(source, target=target, options=options)
-        kinds = [x for kind in source.signature.values() for x in (kind if isinstance(kind, tuple) else (kind,))]
-        dtypes = {kind.removeprefix("*") for kind in kinds if kind.startswith("*")}
+        dtypes = {kind.removeprefix("*") for kind in flat(source.signature.values()) if kind.startswith("*")}
         yield {
             "kernel": kernel.__name__,
             "arch": architecture,

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from ssdcore.kernels import ops
+from ssdcore.kernels import registry
 
-ops.INTERPRETED = False  # CPU tensors run eager, unless a test asks for `path`
+registry.INTERPRETED = False  # CPU tensors run eager code, unless a test asks for `path`
 
 # The same problems on every run where a red build would stop someone else; fresh ones on a developer's machine.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -62,7 +62,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     cuda = torch.cuda.is_available()
     on_triton = request.param == "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "INTERPRETED", on_triton and not cuda)
+        patch.setattr(registry, "INTERPRETED", on_triton and not cuda)
         patch.setattr(torch, "empty", _empty_as_nan(torch.empty))
         device = "cuda" if on_triton and cuda else "cpu"
         # A program costs the interpreter milliseconds.

@@ -1,4 +1,4 @@
-"""Who may import whom, read off the source; and what importing the package costs and needs."""
+"""Which file may import which, read off the source; and what importing the package costs and needs."""
 
 import ast
 import os
@@ -10,38 +10,61 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 THIRD_PARTY = {"torch", "triton", "numpy", "hypothesis", "torchvision", "pycocotools"}
+SUBJECTS = ("boxes", "matching", "multibox", "nms", "postprocess")
 
-DEVICE_CODE = {"ssdcore.kernels.boxmath", "ssdcore.kernels.head", "ssdcore.kernels.selection"}
-# Besides the standard library, what each file of kernels/ and ssdcore/testing/ may import.
-ALLOWED = {
-    "kernels/__init__.py": {"ssdcore.kernels.functional"},
-    "kernels/functional.py": {"torch", "ssdcore.kernels"},  # ops
-    "kernels/ops.py": {"torch", "ssdcore.kernels"},  # eager; triton_* on first use
-    "kernels/eager.py": {"torch", "numpy"},
-    "kernels/boxmath.py": {"triton"},
-    "kernels/selection.py": {"triton"},
-    # The launchers' part of it knows the layouts.
-    "kernels/head.py": {"torch", "triton", "ssdcore.kernels.boxmath", "ssdcore.kernels.eager"},
-    "ssdcore/testing/__init__.py": set(),
-    "ssdcore/testing/reference.py": {"numpy"},
-    "ssdcore/testing/close.py": {"numpy", "torch"},
-    "ssdcore/testing/strategies.py": {"numpy", "hypothesis", "ssdcore.testing.reference"},
-    "ssdcore/testing/conformance.py": {
+# Shared host code of kernels/, lowest layer first: a file may import those before it.
+SHARED = ("rules", "checks", "levels", "registry")
+DEVICE = {f"ssdcore.kernels.device.{name}" for name in ("boxmath", "head", "selection")}
+# An op that is built from another op uses the eager code of that op, never its kernels.
+EAGER_USES = {
+    "matching": {"ssdcore.kernels.boxes.eager"},
+    "multibox": {"ssdcore.kernels.boxes.eager"},
+    "nms": {"ssdcore.kernels.boxes.eager"},
+    "postprocess": {"ssdcore.kernels.boxes.eager", "ssdcore.kernels.nms.eager"},
+}
+TESTING = {
+    "__init__": set(),
+    "reference": {"numpy"},
+    "close": {"numpy", "torch"},
+    "strategies": {"numpy", "hypothesis", "ssdcore.testing.reference"},
+    "conformance": {
         "numpy",
         "hypothesis",
         "torch",
-        "ssdcore.testing",
         "ssdcore.testing.close",
+        "ssdcore.testing.reference",
+        "ssdcore.testing.strategies",
     },
 }
-# `eager` for its constants and the meaning of a score; one launcher may use another's device code.
-KERNEL_FILE = {"torch", "triton", "ssdcore.kernels.eager", *DEVICE_CODE}
-SHARED_DEVICE_CODE = {
-    "kernels/triton_postprocess.py": {"ssdcore.kernels.triton_nms"},
-}
 
 
-def imports(file: Path) -> set[str]:
+def shared(*names: str) -> set[str]:
+    return {f"ssdcore.kernels.{name}" for name in names}
+
+
+def allowed_imports(file: str) -> set[str]:
+    """What a file of kernels/ or ssdcore/testing/ may import besides the standard library."""
+    folder, _, name = file.removesuffix(".py").rpartition("/")
+    subject = folder.removeprefix("kernels/")
+    if folder == "ssdcore/testing":
+        return TESTING[name]
+    if file == "kernels/__init__.py":
+        return shared(*(f"{subject}.op" for subject in SUBJECTS))
+    if folder == "kernels":
+        return {"torch", *shared(*SHARED[: SHARED.index(name)])}
+    if name == "__init__":
+        return set()
+    if subject == "device":
+        return {"torch", "triton", *DEVICE, *shared("rules", "levels")}
+    if name == "eager":
+        return {"torch", "numpy", *shared("rules", "levels"), *EAGER_USES.get(subject, set())}
+    if name == "triton":
+        return {"torch", "triton", *DEVICE, *shared("rules", "levels")}
+    assert name == "op" and subject in SUBJECTS, f"{file} has no place in the layout"
+    return {"torch", *shared(*SHARED, "boxes.op", f"{subject}.eager", f"{subject}.triton")}
+
+
+def imported_modules(file: Path) -> set[str]:
     """Modules that `file` imports, the standard library left out."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -49,53 +72,70 @@ def imports(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            found.add(node.module or "")
+            module = node.module or ""
+            # `from package import module` imports the module.
+            found |= {
+                f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names
+            }
     tops = {name: name.split(".")[0] for name in found}
     return {top if top in THIRD_PARTY else name for name, top in tops.items() if top not in sys.stdlib_module_names}
 
 
+def is_module(name: str) -> bool:
+    """Whether `name` is a file of this project."""
+    folder = name.replace("ssdcore.kernels.", "kernels.", 1).replace(".", "/")
+    return (ROOT / f"{folder}.py").is_file()
+
+
 def sources(folder: str) -> list[str]:
-    return sorted(str(file.relative_to(ROOT)) for file in (ROOT / folder).glob("*.py"))
+    return sorted(str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", sources("kernels") + sources("ssdcore/testing"))
-def test_imports_point_one_way(file: str) -> None:
-    if file.startswith("kernels/triton_"):
-        allowed = KERNEL_FILE | SHARED_DEVICE_CODE.get(file, set())
-    else:
-        allowed = ALLOWED[file]
-    assert imports(ROOT / file) <= allowed
+def test_imports_point_downwards(file: str) -> None:
+    assert imported_modules(ROOT / file) <= allowed_imports(file)
 
 
-@pytest.mark.parametrize("file", sources("ssdcore") + sources("perf"))
-def test_the_detector_sees_public_ops_only(file: str) -> None:
-    names = {name for name in imports(ROOT / file) if name.startswith("ssdcore.kernels")}
+def test_kernels_are_imported_on_first_use() -> None:
+    for subject in SUBJECTS:
+        for node in ast.parse((ROOT / f"kernels/{subject}/op.py").read_text()).body:
+            assert not (isinstance(node, ast.ImportFrom) and "triton" in (node.module or ""))
+
+
+@pytest.mark.parametrize("file", sources("ssdcore"))
+def test_the_detector_uses_public_ops_only(file: str) -> None:
+    assert {name for name in imported_modules(ROOT / file) if name.startswith("ssdcore.kernels")} <= {"ssdcore.kernels"}
+
+
+@pytest.mark.parametrize("file", sources("perf"))
+def test_the_benchmark_uses_public_ops_and_eager_code_as_a_baseline(file: str) -> None:
+    allowed = {"ssdcore.kernels", *shared(*(f"{subject}.eager" for subject in SUBJECTS))}
     if file == "perf/compile_report.py":  # compiles the launchers themselves
-        names = {name for name in names if not name.startswith("ssdcore.kernels.triton_")}
-    allowed = {"ssdcore.kernels"} | ({"ssdcore.kernels.eager"} if file.startswith("perf") else set())
+        allowed |= {*shared(*(f"{subject}.triton" for subject in SUBJECTS)), *DEVICE}
+    names = {name for name in imported_modules(ROOT / file) if name.startswith("ssdcore.kernels")}
     assert names <= allowed
 
 
-def test_a_kernel_file_looks_at_no_environment() -> None:
+def test_one_file_of_kernels_reads_the_environment() -> None:
     for file in sources("kernels"):
         text = (ROOT / file).read_text()
-        assert "environ" not in text or file == "kernels/ops.py"
+        assert "environ" not in text or file == "kernels/registry.py"
         assert "autotune" not in text
 
 
-def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
+def python(code: str, *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=inherited | environment)
 
 
-def test_importing_ssdcore_is_light(tmp_path: Path) -> None:
+def test_importing_ssdcore_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys, ssdcore; print(sorted({'torch', 'triton', 'numpy', 'torchvision'} & set(sys.modules)))"
     assert python(code, cwd=tmp_path).stdout.strip() == "[]"
 
 
-def test_the_ops_need_torch_and_numpy_alone(tmp_path: Path) -> None:
-    # As on a machine without Triton and without the extras.
-    code = """
+# As on a machine without Triton and without the extras.
+WITHOUT_EXTRAS = """
 import sys
 for name in ("triton", "torchvision", "pycocotools", "PIL", "typer", "hypothesis", "matplotlib", "safetensors"):
     sys.modules[name] = None
@@ -103,11 +143,19 @@ import torch
 from ssdcore.kernels import nms
 print(nms(torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2]]), torch.tensor([0.1, 0.2]), 0.5).tolist())
 """
-    result = python(code, cwd=tmp_path)
+
+
+def test_the_ops_need_torch_and_numpy_alone(tmp_path: Path) -> None:
+    result = python(WITHOUT_EXTRAS, cwd=tmp_path)
     assert result.stdout.strip() == "[1]", result.stderr
 
 
+def test_without_triton_a_kernel_says_what_is_missing(tmp_path: Path) -> None:
+    result = python(WITHOUT_EXTRAS, cwd=tmp_path, TRITON_INTERPRET="1")
+    assert "RuntimeError: ssdcore::nms needs Triton to run on this device" in result.stderr
+
+
 def test_kernels_has_one_name_only() -> None:
-    # From the root of the repository `kernels` is importable, and would register every op a second time.
+    # From the root of the repository `kernels` can be imported, and would register every op a second time.
     result = python("import kernels", cwd=ROOT)
     assert "import this package as ssdcore.kernels" in result.stderr

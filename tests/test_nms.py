@@ -7,7 +7,8 @@ from conftest import Path
 from helpers import random_boxes
 from torch import Tensor
 
-from ssdcore.kernels import batched_nms, batched_nms_padded, eager, nms
+from ssdcore.kernels import batched_nms, batched_nms_padded, nms
+from ssdcore.kernels.nms import eager
 from ssdcore.testing import reference
 
 

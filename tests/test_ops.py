@@ -13,10 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssdcore import kernels
-from ssdcore.kernels import eager, functional, ops
+from ssdcore.kernels import levels
+from ssdcore.kernels.boxes import eager as boxes_eager
+from ssdcore.kernels.boxes.op import BOX_WEIGHTS
+from ssdcore.kernels.matching import eager as matching_eager
+from ssdcore.kernels.multibox import eager as multibox_eager
+from ssdcore.kernels.nms import eager as nms_eager
 
 BATCH, ANCHORS, CLASSES = 2, 37, 4
-WEIGHTS = list(functional.BOX_WEIGHTS)
+WEIGHTS = list(BOX_WEIGHTS)
+
+
+def op(name: str) -> Callable[..., Any]:
+    """A registered op."""
+    overload: Callable[..., Any] = getattr(torch.ops.ssdcore, name).default
+    return overload
 
 
 def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
@@ -24,7 +35,7 @@ def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, t
     generator = torch.Generator().manual_seed(0)
     anchors = random_boxes(ANCHORS, seed=1)
     gt_boxes, gt_labels, gt_offsets = ragged_truths([3, 1], CLASSES)
-    matched = eager.match_anchors(gt_boxes, gt_offsets, anchors, 0.5)
+    matched = matching_eager.match_anchors(gt_boxes, gt_offsets, anchors, 0.5)
     logits = torch.randn(BATCH, ANCHORS, CLASSES, generator=generator).to(dtype)
     deltas = torch.randn(BATCH, ANCHORS, 4, generator=generator).to(dtype)
     boxes = torch.stack([random_boxes(ANCHORS, seed=seed) for seed in range(BATCH)]).to(dtype)
@@ -33,7 +44,7 @@ def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, t
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
     # One level of 33 cells with an anchor each, and one of 2 cells with 2.
     head = [[x[:, :33, None].contiguous(), x[:, 33:].unflatten(1, (2, 2)).contiguous()] for x in (logits, deltas)]
-    *_, lse, selected, scale = eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
+    *_, lse, selected, scale = multibox_eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
     grad = torch.tensor(0.7)
     arguments: dict[str, tuple[Any, ...]] = {
         "box_iou": (boxes[0], boxes[1]),
@@ -75,14 +86,14 @@ def same(found: Any, expected: Any) -> bool:
     return all(equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
 
 
-def as_maps(levels: list[Tensor], memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
+def as_maps(views: list[Tensor], memory_format: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
     """Levels [B, P, a, C] as the maps [B, a * C, P, 1] that a head's convolutions would leave."""
-    return [x.permute(0, 2, 3, 1).flatten(1, 2)[..., None].contiguous(memory_format=memory_format) for x in levels]
+    return [x.permute(0, 2, 3, 1).flatten(1, 2)[..., None].contiguous(memory_format=memory_format) for x in views]
 
 
-def test_every_op_is_covered() -> None:
-    registered = {name for name, value in vars(ops).items() if isinstance(value, torch._ops.OpOverload)}
-    assert registered == set(op_arguments("cpu"))
+def test_every_registered_op_is_covered() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ssdcore::")}
+    assert registered == {f"ssdcore::{name}" for name in op_arguments("cpu")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -93,12 +104,12 @@ def test_opcheck(path: Path, name: str, dtype: torch.dtype) -> None:
         differentiable = 1 if name == "decode_boxes" else 2
         leaves = each_tensor(arguments[:differentiable], lambda x: x.detach().requires_grad_())
         arguments = (*leaves, *arguments[differentiable:])
-    torch.library.opcheck(getattr(ops, name), arguments)
+    torch.library.opcheck(op(name), arguments)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
 def test_the_same_bits_twice(path: Path, name: str) -> None:
-    first, second = (getattr(ops, name)(*op_arguments(path.device)[name]) for _ in range(2))
+    first, second = (op(name)(*op_arguments(path.device)[name]) for _ in range(2))
     assert same(first, second)
 
 
@@ -112,7 +123,7 @@ def test_strided_input_is_read_right_and_nothing_is_modified(path: Path, name: s
         return wide[(slice(None, None, 2),) * value.dim()].copy_(value)
 
     strided = each_tensor(arguments, spread)
-    assert same(getattr(ops, name)(*strided), getattr(ops, name)(*arguments))
+    assert same(op(name)(*strided), op(name)(*arguments))
     assert same(strided, op_arguments(path.device)[name])
 
 
@@ -125,13 +136,13 @@ def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
         "encode_boxes": lambda a: kernels.encode_boxes(*a["encode_boxes"]),
         "decode_boxes": lambda a: kernels.decode_boxes(*a["decode_boxes"]),
         "match_anchors": lambda a: kernels.match_anchors(*a["match_anchors"]),
-        "multibox_loss": lambda a: kernels.multibox_loss(*map(eager.packed, a["multibox_loss"][:2]), *truth(a)),
+        "multibox_loss": lambda a: kernels.multibox_loss(*map(levels.packed, a["multibox_loss"][:2]), *truth(a)),
         "multibox_loss of maps": lambda a: kernels.multibox_loss(*map(as_maps, a["multibox_loss"][:2]), *truth(a)),
         "nms": lambda a: kernels.nms(*a["nms"][:2], 0.5),
         "batched_nms": lambda a: kernels.batched_nms(*a["nms"]),
         "batched_nms_padded": lambda a: kernels.batched_nms_padded(*a["batched_nms_padded"]),
         "postprocess_detections": lambda a: kernels.postprocess_detections(
-            *map(eager.packed, a["postprocess_detections"][:2]), *a["postprocess_detections"][2:4]
+            *map(levels.packed, a["postprocess_detections"][:2]), *a["postprocess_detections"][2:4]
         ),
         "postprocess_detections of maps": lambda a: kernels.postprocess_detections(
             *map(as_maps, a["postprocess_detections"][:2]), *a["postprocess_detections"][2:4]
@@ -152,11 +163,11 @@ def test_compiles_as_one_graph(path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", op_arguments("cpu"))
 def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str) -> None:
     arguments = op_arguments(path.device)[name]
-    expected = getattr(ops, name)(*arguments)
+    expected = op(name)(*arguments)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            found = getattr(ops, name)(*arguments)
+            found = op(name)(*arguments)
     finally:
         torch.set_default_dtype(torch.float32)
     assert same(found, expected)
@@ -166,14 +177,14 @@ def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str)
 def test_a_compiled_training_step_has_the_same_gradients(path: Path, layout: str) -> None:
     # What the op returns must be laid out as its fake promises.
     arguments = op_arguments(path.device)
-    levels, truth = arguments["multibox_loss"][:2], arguments["multibox_loss"][2:7]
+    head, truth = arguments["multibox_loss"][:2], arguments["multibox_loss"][2:7]
 
-    def outputs(levels: list[Tensor]) -> Any:
+    def outputs(views: list[Tensor]) -> Any:
         if layout == "packed":
-            return eager.packed(levels)
+            return levels.packed(views)
         if layout == "transposed":
-            return eager.packed(levels).transpose(1, 2).contiguous().transpose(1, 2)
-        return as_maps(levels, torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+            return levels.packed(views).transpose(1, 2).contiguous().transpose(1, 2)
+        return as_maps(views, torch.channels_last if layout == "channels_last" else torch.contiguous_format)
 
     def step(logits: list[Tensor], deltas: list[Tensor]) -> Tensor:
         losses = kernels.multibox_loss(outputs(logits), outputs(deltas), *truth)
@@ -183,7 +194,7 @@ def test_a_compiled_training_step_has_the_same_gradients(path: Path, layout: str
     torch._dynamo.reset()
     grads = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = each_tensor(levels, lambda x: x.clone().requires_grad_())
+        leaves = each_tensor(head, lambda x: x.clone().requires_grad_())
         grads.append(torch.autograd.grad(function(*leaves), tensors(leaves)))
     assert same(*grads)
 
@@ -200,20 +211,20 @@ def test_decisions_are_the_same_bits_everywhere(path: Path, floats: st.SearchStr
     def check(left: Any, right: Any, threshold: float, random: Any) -> None:
         boxes1, boxes2 = torch.from_numpy(left), torch.from_numpy(right)
         found = kernels.box_iou(boxes1.to(path.device), boxes2.to(path.device)).cpu()
-        expected = eager.box_iou(boxes1, boxes2)
+        expected = boxes_eager.box_iou(boxes1, boxes2)
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
 
         scores = torch.tensor([random.random() for _ in left], dtype=torch.float32)
         found = kernels.nms(boxes1.to(path.device), scores.to(path.device), threshold).cpu()
-        assert torch.equal(found, eager.nms(boxes1, scores, None, threshold))
+        assert torch.equal(found, nms_eager.nms(boxes1, scores, None, threshold))
 
         if threshold > 0:
             half = len(boxes1) // 2
             offsets = torch.tensor([0, half, half, len(boxes1)])
             arguments = [x.to(path.device) for x in (boxes1, offsets, boxes2)]
             found = kernels.match_anchors(*arguments, threshold).cpu()
-            assert torch.equal(found, eager.match_anchors(boxes1, offsets, boxes2, threshold))
+            assert torch.equal(found, matching_eager.match_anchors(boxes1, offsets, boxes2, threshold))
 
     check()
 
@@ -317,7 +328,11 @@ TRUTH = (
             TypeError,
             "both be tensors, or both be sequences",
         ),
-        (lambda: kernels.multibox_loss([], [], *TRUTH, BOXES), ValueError, "one map a level each, got 0 and 0"),
+        (
+            lambda: kernels.multibox_loss([], [], *TRUTH, BOXES),
+            ValueError,
+            "must each have one map per level, got 0 and 0",
+        ),
         (
             lambda: kernels.multibox_loss([MAP, MAP.half()], [MAP, MAP], *TRUTH, BOXES),
             TypeError,

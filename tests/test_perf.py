@@ -27,7 +27,7 @@ from cases import REGISTRY, Case, Workload, grid, on_cpu, same_detections, same_
 from record import Results, Row
 
 from ssdcore import kernels
-from ssdcore.kernels import eager
+from ssdcore.kernels.nms import eager
 
 ROOT = Path(__file__).parents[1]
 FACTS = {"device": "a machine", "kind": "cpu", "commit": "0123456789abcdef", "date": "2026-01-02T03:04:05+00:00"}

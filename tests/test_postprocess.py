@@ -175,8 +175,8 @@ def test_what_lies_below_the_floor(
     memory_format: torch.memory_format,
 ) -> None:
     # Of small problems nothing would lie below the floor, and no list would be full.
-    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
-    monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.postprocess.triton")
+    monkeypatch.setattr(triton_postprocess, "CUTOFF_ANCHORS", 1)
     monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
     settings = {"max_detections": 10, "iou_threshold": 0.3, **settings}
     num_classes = 2 if problem == "one class" else 4
@@ -211,7 +211,7 @@ def test_what_lies_below_the_floor(
 @pytest.mark.parametrize("path", ["triton"], indirect=True)
 def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With one launch less: everything is a candidate at first, and the best few hundred settle an image.
-    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.postprocess.triton")
 
     class Nothing:
         def __getitem__(self, grid: object) -> object:
@@ -231,8 +231,8 @@ def test_what_stands_above_the_floor_is_enough(path: Path, monkeypatch: pytest.M
 
 
 def test_a_score_equal_to_the_floor_waits_for_its_equals(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
-    monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+    triton_postprocess = pytest.importorskip("ssdcore.kernels.postprocess.triton")
+    monkeypatch.setattr(triton_postprocess, "CUTOFF_ANCHORS", 1)
     monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
     # Of class 1 the first 36 anchors, all alike, are best; their score of class 2 is what the others, apart, have of 1.
     anchors = torch.tensor([[0.0, 0, 10, 10]]).repeat(140, 1)
@@ -251,8 +251,8 @@ def test_a_score_of_exactly_the_threshold_is_no_candidate(
     path: Path, monkeypatch: pytest.MonkeyPatch, floor: bool
 ) -> None:
     if floor:  # below which some lie, and the image is settled anew
-        triton_postprocess = pytest.importorskip("ssdcore.kernels.triton_postprocess")
-        monkeypatch.setattr(triton_postprocess, "FLOOR_ROWS", 1)
+        triton_postprocess = pytest.importorskip("ssdcore.kernels.postprocess.triton")
+        monkeypatch.setattr(triton_postprocess, "CUTOFF_ANCHORS", 1)
         monkeypatch.setattr(triton_postprocess, "REST_ANCHORS", 32)
     # All boxes alike, of each class one stands; class 2 has the same score everywhere, less than that of class 1.
     anchors = torch.tensor([[0.0, 0, 10, 10]]).repeat(140, 1)

@@ -1,0 +1,1 @@
+"""IoU of boxes, and the encoding of boxes as offsets from anchors."""

@@ -1,0 +1,177 @@
+"""Geometry of boxes for kernels, step by step as in the eager code.
+
+The order of operations is that of `eager.py`, and division is IEEE (`tl.div_rn`; Triton's `/` is approximate), because
+a decision may depend on the last bit. Launches add the option `EXACT`, which forbids fused multiply-adds.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ssdcore.kernels import rules
+
+MAX_LOG_SCALE = tl.constexpr(rules.MAX_LOG_SCALE)
+
+
+class Box(NamedTuple):
+    """Corners of boxes, one tensor per corner coordinate."""
+
+    x1: tl.tensor
+    y1: tl.tensor
+    x2: tl.tensor
+    y2: tl.tensor
+
+
+class Deltas(NamedTuple):
+    """Boxes as offsets from anchors: of the centre and of the logarithm of the size."""
+
+    x: tl.tensor
+    y: tl.tensor
+    w: tl.tensor
+    h: tl.tensor
+
+
+class Weights(NamedTuple):
+    """Factors of the four deltas; 1 / the variances of the SSD paper."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+
+
+@triton.jit
+def _load_fours(ptr, index, mask):
+    """The four numbers at a block of `index` in `ptr` [..., 4], in fp32; 0 where `mask` is false.
+
+    A thread loads all four at once: 16 bytes of fp32.
+    """
+    offset = index[:, None] * 4 + tl.arange(0, 4)[None, :]
+    numbers = tl.load(ptr + offset, mask=mask[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(numbers, (index.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _store_fours(ptr, index, first, second, third, fourth, mask):
+    """Store four numbers at a block of `index` in `ptr` [..., 4]."""
+    offset = index[:, None] * 4 + tl.arange(0, 4)[None, :]
+    numbers = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (index.shape[0], 4))
+    tl.store(ptr + offset, numbers, mask=mask[:, None])
+
+
+@triton.jit
+def load_box(boxes_ptr, index, mask):
+    """The boxes at a block of `index` in `boxes_ptr` [..., 4], in fp32; a box without area where `mask` is false."""
+    x1, y1, x2, y2 = _load_fours(boxes_ptr, index, mask)
+    return Box(x1, y1, x2, y2)
+
+
+@triton.jit
+def store_box(boxes_ptr, index, box, mask):
+    """Store `box` at a block of `index` in `boxes_ptr` [..., 4]."""
+    _store_fours(boxes_ptr, index, box.x1, box.y1, box.x2, box.y2, mask)
+
+
+@triton.jit
+def load_deltas(deltas_ptr, index, mask):
+    """The deltas at a block of `index` in `deltas_ptr` [..., 4], in fp32; 0 where `mask` is false."""
+    dx, dy, dw, dh = _load_fours(deltas_ptr, index, mask)
+    return Deltas(dx, dy, dw, dh)
+
+
+@triton.jit
+def store_deltas(deltas_ptr, index, deltas, mask):
+    """Store `deltas` at a block of `index` in `deltas_ptr` [..., 4]."""
+    _store_fours(deltas_ptr, index, deltas.x, deltas.y, deltas.w, deltas.h, mask)
+
+
+@triton.jit
+def load_box_by_coordinate(boxes_ptr, index):
+    """The boxes at a block of `index` in `boxes_ptr` [..., 4], in fp32, with one load per coordinate.
+
+    For a few boxes that every thread needs: `load_box` would give each box to one thread, which had to share it.
+    """
+    corner = boxes_ptr + index * 4
+    x1 = tl.load(corner).to(tl.float32)
+    y1 = tl.load(corner + 1).to(tl.float32)
+    x2 = tl.load(corner + 2).to(tl.float32)
+    y2 = tl.load(corner + 3).to(tl.float32)
+    return Box(x1, y1, x2, y2)
+
+
+@triton.jit
+def rows(box):
+    """Boxes [N] as a column [N, 1], to pair them with `columns` of other boxes."""
+    return Box(box.x1[:, None], box.y1[:, None], box.x2[:, None], box.y2[:, None])
+
+
+@triton.jit
+def columns(box):
+    """Boxes [M] as a row [1, M], to pair them with `rows` of other boxes."""
+    return Box(box.x1[None, :], box.y1[None, :], box.x2[None, :], box.y2[None, :])
+
+
+@triton.jit
+def _intersection_and_union(a, b):
+    # `min` and `max` may drop a NaN here, because it returns through the area.
+    width = tl.maximum(tl.minimum(a.x2, b.x2) - tl.maximum(a.x1, b.x1), 0.0)
+    height = tl.maximum(tl.minimum(a.y2, b.y2) - tl.maximum(a.y1, b.y1), 0.0)
+    intersection = width * height
+    return intersection, (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - intersection
+
+
+# Most pairs of boxes do not intersect, and IEEE division takes a slow path when the dividend is zero. Such pairs divide
+# 1 instead, and the quotient is not used.
+
+
+@triton.jit
+def iou(a, b):
+    """IoU of two boxes, elementwise; 0/0 is NaN."""
+    intersection, union = _intersection_and_union(a, b)
+    intersects = intersection > 0
+    quotient = tl.div_rn(tl.where(intersects, intersection, 1.0), union)
+    zero_over_union = tl.where(union > 0, 0.0, tl.where(union < 0, -0.0, float("nan")))
+    return tl.where(intersects, quotient, zero_over_union)
+
+
+@triton.jit
+def iou_or_zero(a, b):
+    """IoU of two boxes, elementwise; 0 wherever they do not intersect.
+
+    This is enough for a comparison with a threshold of 0 or more.
+    """
+    intersection, union = _intersection_and_union(a, b)
+    intersects = intersection > 0
+    return tl.where(intersects, tl.div_rn(tl.where(intersects, intersection, 1.0), union), 0.0)
+
+
+@triton.jit
+def encode(box, anchor, weights):
+    """The deltas that turn `anchor` into `box`."""
+    width = box.x2 - box.x1
+    height = box.y2 - box.y1
+    anchor_width = anchor.x2 - anchor.x1
+    anchor_height = anchor.y2 - anchor.y1
+    dx = tl.div_rn(weights.x * ((box.x1 + 0.5 * width) - (anchor.x1 + 0.5 * anchor_width)), anchor_width)
+    dy = tl.div_rn(weights.y * ((box.y1 + 0.5 * height) - (anchor.y1 + 0.5 * anchor_height)), anchor_height)
+    dw = weights.w * tl.log(tl.div_rn(width, anchor_width))
+    dh = weights.h * tl.log(tl.div_rn(height, anchor_height))
+    return Deltas(dx, dy, dw, dh)
+
+
+@triton.jit
+def decode(deltas, anchor, weights):
+    """The box that `deltas` make of `anchor`; a NaN stays a NaN."""
+    anchor_width = anchor.x2 - anchor.x1
+    anchor_height = anchor.y2 - anchor.y1
+    cx = tl.div_rn(deltas.x, weights.x) * anchor_width + (anchor.x1 + 0.5 * anchor_width)
+    cy = tl.div_rn(deltas.y, weights.y) * anchor_height + (anchor.y1 + 0.5 * anchor_height)
+    log_width = tl.minimum(tl.div_rn(deltas.w, weights.w), MAX_LOG_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    log_height = tl.minimum(tl.div_rn(deltas.h, weights.h), MAX_LOG_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    half_width = 0.5 * (tl.exp(log_width) * anchor_width)
+    half_height = 0.5 * (tl.exp(log_height) * anchor_height)
+    return Box(cx - half_width, cy - half_height, cx + half_width, cy + half_height)

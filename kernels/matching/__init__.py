@@ -1,0 +1,1 @@
+"""Assignment of ground truths to anchors."""

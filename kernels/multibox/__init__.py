@@ -1,0 +1,1 @@
+"""The SSD loss with hard negative mining."""

@@ -1,0 +1,579 @@
+"""Kernels of the MultiBox loss: cross-entropy with hard negative mining and smooth L1, forward and backward.
+
+Forward, three launches:
+
+1. Row loss. A program takes a block of anchors of one image. It computes log-sum-exp and cross-entropy of each row, and
+   from the cross-entropy of a negative its mining key. It adds up the losses of the block's positives. It reads the
+   logits once, and the deltas of positives only. Boxes are encoded here; no tensor of targets exists.
+2. Mining. A program per image finds the limit that the image's hardest negatives exceed, from keys that stay in
+   registers. It marks these negatives as selected and adds up the image's losses.
+3. Reduction. One program adds up the losses of the batch and computes the factor of each image's gradient.
+
+Backward, one launch. It writes both gradients once. Of the logits it reads the selected rows only, about one in sixty.
+In rows, a program fills its stretch of the gradient with zeros, 16 bytes per store, and then overwrites the selected
+rows. In planes, the numbers of an anchor lie far apart, and the program writes whole tiles of zeros and gradients.
+
+Bytes that must move: the logits in, the gradients out. At B = 128, C = 81 and bf16 these are 181 + 190 MB, 86 us at
+4.3 TB/s. Scratch memory: 9 bytes per anchor (log-sum-exp, key, selected). All sums run in a fixed order, so that every
+run gives the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssdcore.kernels.device.boxmath import Deltas, Weights, encode, load_box
+from ssdcore.kernels.device.head import (
+    HeadShape,
+    anchors_of_block,
+    bundle_outputs,
+    exp_difference,
+    load_deltas,
+    load_logits,
+    locate_block,
+    num_blocks,
+    pick,
+    ptr_of_image,
+    softmax,
+    span_of,
+    store_deltas,
+    tile_anchors,
+    tile_of_chunk,
+)
+from ssdcore.kernels.device.selection import FLOAT_TOP_BIT, limit_of_k_largest
+from ssdcore.kernels.levels import empty_gradients
+from ssdcore.kernels.rules import EXACT
+
+NAN_KEY = tl.constexpr(0x7FFFFFFF)  # mining key of a NaN, which is the hardest of all
+POSITIVE_KEY = tl.constexpr(-1)  # below the key of every candidate, because positives are not mined
+
+MINING_STEP = 2048  # keys marked at once, 4 per thread at sixteen warps: more would spill registers
+MAX_MINING_BLOCK = 16384  # keys of an image in registers: 32 per thread at sixteen warps
+SUM_BLOCK = 256  # sums of blocks added up at once: all 140 of SSD300
+BATCH_BLOCK = 128  # images reduced at once
+GRADIENT_ANCHORS = 64  # anchors per program of the backward: with fewer, programs start and end faster than they write
+GRADIENT_STEP = 16  # anchors that are searched for selected ones at once: in three steps of four there is none
+GRADIENT_TILE = 1024  # gradients computed at once, 8 per thread at four warps: more would spill registers
+ZEROS_AT_ONCE = 1024  # zeros stored at once: 8 per thread at four warps, 16 bytes of bf16
+
+
+class Truth(NamedTuple):
+    """Pointers to what the head's outputs should have been."""
+
+    matched_ptr: Tensor  # int64 [B, A]: an index into the image's own ground truths, or negative
+    boxes_ptr: Tensor  # [T, 4] xyxy
+    labels_ptr: Tensor  # [T]
+    offsets_ptr: Tensor  # [B + 1]
+    anchors_ptr: Tensor  # [A, 4] xyxy
+
+
+class Regression(NamedTuple):
+    """Settings of the box loss."""
+
+    weights: Weights
+    beta: float
+
+
+class Assignment(NamedTuple):
+    """What is assigned to the anchors of a block."""
+
+    positive: tl.tensor  # an object is assigned to the anchor
+    inside: tl.tensor  # positive, and the match is one of the image's ground truths
+    gt_row: tl.tensor  # row of the ground truth in the batch, if inside
+    label: tl.tensor  # class of the object, 0 for the background and where it is not valid
+    valid: tl.tensor  # not positive, or inside with a label in 1..C-1
+
+
+class BlockSums(NamedTuple):
+    """Pointers to the sums over the positives of each block of anchors."""
+
+    positives_ptr: Tensor  # int32 [B, blocks]
+    losses_ptr: Tensor  # fp32 [2, B, blocks]: cross-entropy and smooth L1
+
+
+class ImageSums(NamedTuple):
+    """Pointers to the sums of each image."""
+
+    positives_ptr: Tensor  # int32 [B]
+    losses_ptr: Tensor  # fp32 [2, B]: cross-entropy of all selected anchors, smooth L1 of positives
+
+
+class Saved(NamedTuple):
+    """Pointers to what the forward leaves for the backward."""
+
+    lse_ptr: Tensor  # fp32 [B, A]: log-sum-exp
+    selected_ptr: Tensor  # bool [B, A]
+    scale_ptr: Tensor  # fp32 [B]: factor of the image's gradient
+
+
+class LossGradients(NamedTuple):
+    """Pointers to the gradients of the two losses, scalars."""
+
+    classification_ptr: Tensor
+    bbox_regression_ptr: Tensor
+
+
+class HeadGradients(NamedTuple):
+    """Pointers to the gradients of the head's outputs, which are dense and laid out as the outputs."""
+
+    logits: tuple[Tensor, ...]  # [B, P, a, C] of each level
+    deltas: tuple[Tensor, ...]  # [B, P, a, 4] of each level
+
+
+@triton.jit
+def _assign(truth, matched, exists, image, HEAD: tl.constexpr):
+    """What is assigned to a block of anchors, given their matches."""
+    positive = (matched >= 0) & exists
+    first = tl.load(truth.offsets_ptr + image).to(tl.int64)
+    num_truths = tl.load(truth.offsets_ptr + image + 1).to(tl.int64) - first
+    inside = positive & (matched < num_truths)
+    gt_row = first + matched
+    label = tl.load(truth.labels_ptr + gt_row, mask=inside, other=0).to(tl.int64)
+    valid = (~positive) | (inside & (label >= 1) & (label < HEAD.classes))
+    label = tl.where(positive & valid, label, 0).to(tl.int32)
+    return Assignment(positive, inside, gt_row, label, valid)
+
+
+@triton.jit
+def _target_deltas(truth, assigned, anchor, weights):
+    """The deltas that the positives of a block of anchors should have."""
+    gt_box = load_box(truth.boxes_ptr, assigned.gt_row, assigned.inside)
+    anchor_box = load_box(truth.anchors_ptr, anchor, assigned.positive)
+    return encode(gt_box, anchor_box, weights)
+
+
+@triton.jit
+def _smooth_l1(difference, beta):
+    distance = tl.abs(difference)
+    # With beta = 0, the parabola is never taken.
+    return tl.where(distance < beta, 0.5 * distance * distance / beta, distance - 0.5 * beta)
+
+
+@triton.jit
+def _smooth_l1_slope(difference, beta):
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))  # keeps 0 and NaN
+    return tl.where(tl.abs(difference) < beta, difference / beta, sign)
+
+
+@triton.jit
+def _row_loss_kernel(
+    logits,  # Maps
+    deltas,  # Maps
+    level_sizes,  # LevelSizes
+    truth,  # Truth
+    regression,  # Regression
+    lse_ptr,  # fp32 [B, A]
+    keys_ptr,  # int32 [B, A]
+    block_sums,  # BlockSums
+    num_anchors,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    number, image = tl.program_id(0), tl.program_id(1)
+    block = locate_block(number, level_sizes, BLOCK)
+    anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+    anchor = block.first_anchor + anchor_in_level
+    row = image.to(tl.int64) * num_anchors + anchor
+    matched = tl.load(truth.matched_ptr + row, mask=exists, other=-1)
+    assigned = _assign(truth, matched, exists, image, HEAD)
+
+    logits_ptr = ptr_of_image(logits, block, image)
+    span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
+    top, total, _ = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
+    lse = top + tl.log(total)
+    label_logit = tl.load(logits_ptr + span.start + assigned.label * span.stride, mask=exists, other=0.0)
+    cross_entropy = lse - label_logit.to(tl.float32)
+    cross_entropy = tl.where(cross_entropy <= 0, 0.0, cross_entropy)  # rounding can make it negative
+    cross_entropy = tl.where(assigned.valid, cross_entropy, float("nan"))
+    tl.store(lse_ptr + row, lse, mask=exists)
+
+    key = cross_entropy.to(tl.int32, bitcast=True)
+    key = tl.where(cross_entropy != cross_entropy, NAN_KEY, key)
+    tl.store(keys_ptr + row, tl.where(assigned.positive, POSITIVE_KEY, key), mask=exists)
+
+    box_loss = tl.zeros([BLOCK], tl.float32)
+    # Most blocks have no positive.
+    if tl.max(assigned.positive.to(tl.int32)) > 0:
+        target = _target_deltas(truth, assigned, anchor, regression.weights)
+        deltas_ptr = ptr_of_image(deltas, block, image)
+        delta = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
+        box_loss = _smooth_l1(delta.x - target.x, regression.beta) + _smooth_l1(delta.y - target.y, regression.beta)
+        box_loss = box_loss + _smooth_l1(delta.w - target.w, regression.beta)
+        box_loss = box_loss + _smooth_l1(delta.h - target.h, regression.beta)
+
+    sum_index = image * tl.num_programs(0) + number
+    tl.store(block_sums.positives_ptr + sum_index, tl.sum(assigned.positive.to(tl.int32)))
+    tl.store(block_sums.losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, cross_entropy, 0.0)))
+    box_losses_ptr = block_sums.losses_ptr + tl.num_programs(1) * tl.num_programs(0)
+    box_loss = tl.where(assigned.valid, box_loss, float("nan"))
+    tl.store(box_losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, box_loss, 0.0)))
+
+
+@triton.jit
+def _sum_blocks(block_sums, image, num_blocks, BLOCK: tl.constexpr):
+    """The number of positives of an image; and their cross-entropy and smooth L1, as partial sums [BLOCK]."""
+    batch = tl.num_programs(0)
+    positives = tl.zeros([BLOCK], tl.int32)
+    cross_entropy = tl.zeros([BLOCK], tl.float32)
+    box_loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        index = image * num_blocks + block
+        mask = block < num_blocks
+        positives += tl.load(block_sums.positives_ptr + index, mask=mask, other=0)
+        cross_entropy += tl.load(block_sums.losses_ptr + index, mask=mask, other=0.0)
+        box_loss += tl.load(block_sums.losses_ptr + batch * num_blocks + index, mask=mask, other=0.0)
+    return tl.sum(positives), cross_entropy, box_loss
+
+
+@triton.jit
+def _mine_kernel(
+    keys_ptr,  # int32 [B, A]
+    block_sums,  # BlockSums
+    selected_ptr,  # bool [B, A]
+    image_sums,  # ImageSums
+    num_anchors,
+    num_blocks,
+    neg_pos_ratio,
+    min_negatives,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    image, batch = tl.program_id(0), tl.num_programs(0)
+    num_positives, positive_loss, box_loss = _sum_blocks(block_sums, image, num_blocks, SUM_BLOCK)
+
+    wanted = tl.ceil(neg_pos_ratio * num_positives.to(tl.float32))
+    wanted = tl.maximum(wanted, tl.cast(min_negatives, tl.float32))
+    wanted = tl.minimum(wanted, tl.cast(num_anchors, tl.float32)).to(tl.int32)
+    row = image.to(tl.int64) * num_anchors
+    limit, num_above = limit_of_k_largest(keys_ptr + row, num_anchors, wanted, FLOAT_TOP_BIT, BLOCK)
+    negative_loss = tl.zeros([STEP], tl.float32)
+    hardest = tl.full([STEP], -1, tl.int32)
+    ties_before = 0
+    for start in range(0, num_anchors, STEP):
+        anchor = start + tl.arange(0, STEP)
+        exists = anchor < num_anchors
+        keys = tl.load(keys_ptr + row + anchor, mask=exists, other=-1)
+        tie = ((keys == limit) & (keys >= 0)).to(tl.int32)
+        tie_rank = ties_before + tl.cumsum(tie, 0) - tie
+        mined = (keys > limit) | ((tie > 0) & (tie_rank < wanted - num_above))  # of equal keys, the lowest anchors
+        ties_before += tl.sum(tie)
+        negative_loss += tl.where(mined, keys.to(tl.float32, bitcast=True), 0.0)
+        hardest = tl.maximum(hardest, keys)
+        tl.store(selected_ptr + row + anchor, mined | (keys < 0), mask=exists)
+    classification = tl.sum(positive_loss) + tl.sum(negative_loss)
+    classification = tl.where(tl.max(hardest) == NAN_KEY, float("nan"), classification)
+    tl.store(image_sums.positives_ptr + image, num_positives)
+    tl.store(image_sums.losses_ptr + image, classification)
+    tl.store(image_sums.losses_ptr + batch + image, tl.sum(box_loss))
+
+
+@triton.jit
+def _reduce_kernel(
+    image_sums,  # ImageSums
+    classification_ptr,  # fp32 scalar
+    bbox_regression_ptr,  # fp32 scalar
+    scale_ptr,  # fp32 [B]: factor of the image's gradient
+    batch,
+    PER_IMAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    positives_of_batch = tl.zeros([BLOCK], tl.int32)
+    classification = tl.zeros([BLOCK], tl.float32)
+    bbox_regression = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, batch, BLOCK):
+        image = start + tl.arange(0, BLOCK)
+        exists = image < batch
+        positives = tl.load(image_sums.positives_ptr + image, mask=exists, other=0)
+        cls_loss = tl.load(image_sums.losses_ptr + image, mask=exists, other=0.0)
+        box_loss = tl.load(image_sums.losses_ptr + batch + image, mask=exists, other=0.0)
+        if PER_IMAGE:
+            has_positives = positives > 0
+            scale = tl.where(has_positives, tl.div_rn(1.0, positives.to(tl.float32) * batch), 0.0)
+            tl.store(scale_ptr + image, scale, mask=exists)
+            # `where` and not a product with 0, because an image without positives may have an infinite loss.
+            cls_loss = tl.where(has_positives, cls_loss * scale, 0.0)
+            box_loss = tl.where(has_positives, box_loss * scale, 0.0)
+        positives_of_batch += positives
+        classification += cls_loss
+        bbox_regression += box_loss
+    if PER_IMAGE:
+        tl.store(classification_ptr, tl.sum(classification))
+        tl.store(bbox_regression_ptr, tl.sum(bbox_regression))
+    else:
+        normalizer = tl.maximum(tl.sum(positives_of_batch), 1).to(tl.float32)
+        tl.store(classification_ptr, tl.div_rn(tl.sum(classification), normalizer))
+        tl.store(bbox_regression_ptr, tl.div_rn(tl.sum(bbox_regression), normalizer))
+        for start in range(0, batch, BLOCK):
+            image = start + tl.arange(0, BLOCK)
+            scale = tl.zeros([BLOCK], tl.float32) + tl.div_rn(1.0, normalizer)
+            tl.store(scale_ptr + image, scale, mask=image < batch)
+
+
+@triton.jit
+def _fill_zeros(ptr, first, last, MAX_COUNT: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Store zeros from `first` up to `last`, at most MAX_COUNT of them, 8 numbers per store except at the ends."""
+    aligned_first, aligned_last = tl.cdiv(first, 8) * 8, last // 8 * 8
+    for start in tl.static_range(0, MAX_COUNT, AT_ONCE):
+        offset = aligned_first + start + tl.arange(0, AT_ONCE)
+        tl.store(ptr + offset, tl.zeros([AT_ONCE], tl.float32), mask=offset < aligned_last)
+    offset = tl.arange(0, 8)
+    zeros = tl.zeros([8], tl.float32)
+    tl.store(ptr + first + offset, zeros, mask=first + offset < tl.minimum(aligned_first, last))
+    end_mask = (aligned_last + offset >= aligned_first) & (aligned_last + offset < last)
+    tl.store(ptr + aligned_last + offset, zeros, mask=end_mask)
+
+
+@triton.jit
+def _fill_block_with_zeros(
+    grad_logits_ptr, grad_deltas_ptr, block, image, anchors_of_level, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Fill the gradients of a block of anchors, which is one stretch of memory where levels lie in rows."""
+    first = image * anchors_of_level + block.index * BLOCK
+    last = image * anchors_of_level + tl.minimum(anchors_of_level, block.index * BLOCK + BLOCK)
+    _fill_zeros(grad_logits_ptr, first * HEAD.classes, last * HEAD.classes, BLOCK * HEAD.classes, AT_ONCE)
+    _fill_zeros(grad_deltas_ptr, first * 4, last * 4, BLOCK * 4, BLOCK * 4)
+
+
+@triton.jit
+def _store_logit_gradients(grad_logits_ptr, logits_ptr, span, selected, exists, label, lse, factor, HEAD: tl.constexpr):
+    """Store the gradients of the logits of selected anchors; in planes also the zeros of the other anchors."""
+    axis: tl.constexpr = 1 - HEAD.planes  # of the classes in a tile
+    for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
+        class_id, offset, of_selected = tile_of_chunk(span, selected, chunk, HEAD)
+        logits = tl.load(logits_ptr + offset, mask=of_selected, other=0.0).to(tl.float32)
+        one_hot = tl.where(class_id == tl.expand_dims(label, axis), 1.0, 0.0)
+        grad = (exp_difference(logits, tl.expand_dims(lse, axis)) - one_hot) * tl.expand_dims(factor, axis)
+        if HEAD.planes:
+            _, offset, inside = tile_of_chunk(span, exists, chunk, HEAD)
+            tl.store(grad_logits_ptr + offset, tl.where(of_selected, grad, 0.0), mask=inside)
+        else:
+            tl.store(grad_logits_ptr + offset, grad, mask=of_selected)
+
+
+@triton.jit
+def _store_zeros_in_planes(
+    grad_logits_ptr, grad_deltas_ptr, span, anchor, block, exists, HEAD: tl.constexpr, STEP: tl.constexpr
+):
+    """Store zeros as the gradients of anchors of which none is selected."""
+    for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
+        _, offset, inside = tile_of_chunk(span, exists, chunk, HEAD)
+        tl.store(grad_logits_ptr + offset, tl.zeros(offset.shape, tl.float32), mask=inside)
+    zeros = tl.zeros([STEP], tl.float32)
+    store_deltas(grad_deltas_ptr, anchor, block, Deltas(zeros, zeros, zeros, zeros), exists, HEAD)
+
+
+# The gradients. Let p = exp(logit - lse) be the softmax of a selected anchor's row, y its label (0 for a mined
+# negative), s the scale of its image, and d the difference of a positive's delta from its target:
+#
+#     dL / dlogit_c = g_classification  * s * (p_c - [c = y])                 0 for anchors that are not selected
+#     dL / ddelta   = g_bbox_regression * s * (d / beta if |d| < beta, else sign(d))        0 for other than positives
+@triton.jit
+def _backward_kernel(
+    loss_gradients,  # LossGradients
+    logits,  # Maps
+    deltas,  # Maps
+    level_sizes,  # LevelSizes
+    gradients,  # HeadGradients
+    truth,  # Truth
+    regression,  # Regression
+    saved,  # Saved
+    num_anchors,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ZEROS_AT_ONCE: tl.constexpr,
+):
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = locate_block(number, level_sizes, BLOCK)
+    anchors_of_level = (block.num_cells * block.per_cell).to(tl.int64)
+    logits_ptr = ptr_of_image(logits, block, image)
+    deltas_ptr = ptr_of_image(deltas, block, image)
+    grad_logits_ptr, grad_deltas_ptr = pick(gradients.logits, block.level), pick(gradients.deltas, block.level)
+    if not HEAD.planes:
+        _fill_block_with_zeros(
+            grad_logits_ptr, grad_deltas_ptr, block, image, anchors_of_level, HEAD, BLOCK, ZEROS_AT_ONCE
+        )
+        # Other threads overwrite some of the zeros.
+        tl.debug_barrier()
+    grad_logits_ptr += image * anchors_of_level * HEAD.classes
+    grad_deltas_ptr += image * anchors_of_level * 4
+
+    for step in range(BLOCK // STEP):
+        anchor_in_level, exists = anchors_of_block(block.index * (BLOCK // STEP) + step, block, HEAD, STEP)
+        anchor = block.first_anchor + anchor_in_level
+        row = image * num_anchors + anchor
+        selected = tl.load(saved.selected_ptr + row, mask=exists, other=0) != 0
+        span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
+        if tl.max(selected.to(tl.int32)) > 0:
+            matched = tl.load(truth.matched_ptr + row, mask=selected, other=-1)
+            assigned = _assign(truth, matched, selected, image, HEAD)
+            scale = tl.load(saved.scale_ptr + image)
+            factor = tl.load(loss_gradients.classification_ptr) * scale
+            factor = tl.where(assigned.valid, factor, float("nan"))
+            lse = tl.load(saved.lse_ptr + row, mask=selected, other=0.0)
+            _store_logit_gradients(
+                grad_logits_ptr, logits_ptr, span, selected, exists, assigned.label, lse, factor, HEAD
+            )
+
+            target = _target_deltas(truth, assigned, anchor, regression.weights)
+            delta = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
+            factor = tl.load(loss_gradients.bbox_regression_ptr) * scale
+            factor = tl.where(assigned.valid, factor, float("nan"))
+            grad_deltas = Deltas(
+                tl.where(assigned.positive, _smooth_l1_slope(delta.x - target.x, regression.beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(delta.y - target.y, regression.beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(delta.w - target.w, regression.beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(delta.h - target.h, regression.beta) * factor, 0.0),
+            )
+            store_deltas(grad_deltas_ptr, anchor_in_level, block, grad_deltas, exists, HEAD)
+        elif HEAD.planes:
+            _store_zeros_in_planes(grad_logits_ptr, grad_deltas_ptr, span, anchor_in_level, block, exists, HEAD, STEP)
+
+
+def mining_block(num_anchors: int) -> int:
+    """How many keys of an image a program of the mining keeps in registers: all of SSD300's 8732."""
+    return min(MAX_MINING_BLOCK, max(MINING_STEP, triton.next_power_of_2(num_anchors)))
+
+
+def gradient_step(head: HeadShape) -> int:
+    """How many anchors a program of the backward handles at once."""
+    wanted = GRADIENT_ANCHORS if head.planes else GRADIENT_STEP
+    return max(1, min(wanted, GRADIENT_TILE // head.chunk))
+
+
+def launch_multibox_loss(
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    matched_idxs: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    anchors: Tensor,
+    weights: Sequence[float],
+    neg_pos_ratio: float,
+    beta: float,
+    min_negatives: int,
+    normalizer: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = bundle_outputs(cls_logits, box_deltas)
+    batch, num_anchors = matched_idxs.shape
+    device = matched_idxs.device
+    block_anchors = tile_anchors(outputs.shape.classes)
+    blocks = num_blocks(outputs.level_sizes, block_anchors)
+
+    lse = torch.empty(batch, num_anchors, dtype=torch.float32, device=device)
+    selected = torch.empty(batch, num_anchors, dtype=torch.bool, device=device)
+    scale = torch.empty(batch, dtype=torch.float32, device=device)
+    classification = torch.empty((), dtype=torch.float32, device=device)
+    bbox_regression = torch.empty((), dtype=torch.float32, device=device)
+    keys = torch.empty(batch, num_anchors, dtype=torch.int32, device=device)
+    block_sums = BlockSums(
+        torch.empty(batch, blocks, dtype=torch.int32, device=device),
+        torch.empty(2, batch, blocks, dtype=torch.float32, device=device),
+    )
+    image_sums = ImageSums(
+        torch.empty(batch, dtype=torch.int32, device=device), torch.empty(2, batch, dtype=torch.float32, device=device)
+    )
+    if lse.numel():
+        _row_loss_kernel[(blocks, batch)](
+            logits=outputs.logits,
+            deltas=outputs.deltas,
+            level_sizes=outputs.level_sizes,
+            truth=_truth_of(matched_idxs, gt_boxes, gt_labels, gt_offsets, anchors),
+            regression=Regression(Weights(*weights), beta),
+            lse_ptr=lse,
+            keys_ptr=keys,
+            block_sums=block_sums,
+            num_anchors=num_anchors,
+            HEAD=outputs.shape,
+            BLOCK=block_anchors,
+            num_warps=4,
+            **EXACT,
+        )
+    if batch:
+        _mine_kernel[(batch,)](
+            keys_ptr=keys,
+            block_sums=block_sums,
+            selected_ptr=selected,
+            image_sums=image_sums,
+            num_anchors=num_anchors,
+            num_blocks=blocks,
+            neg_pos_ratio=neg_pos_ratio,
+            min_negatives=min_negatives,
+            BLOCK=mining_block(num_anchors),
+            STEP=MINING_STEP,
+            SUM_BLOCK=SUM_BLOCK,
+            num_warps=16,
+            **EXACT,
+        )
+    _reduce_kernel[(1,)](
+        image_sums=image_sums,
+        classification_ptr=classification,
+        bbox_regression_ptr=bbox_regression,
+        scale_ptr=scale,
+        batch=batch,
+        PER_IMAGE=normalizer == "image",
+        BLOCK=BATCH_BLOCK,
+        num_warps=4,
+        **EXACT,
+    )
+    return classification, bbox_regression, lse, selected, scale
+
+
+def launch_multibox_loss_backward(
+    grad_classification: Tensor,
+    grad_bbox_regression: Tensor,
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    matched_idxs: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    anchors: Tensor,
+    lse: Tensor,
+    selected: Tensor,
+    scale: Tensor,
+    weights: Sequence[float],
+    beta: float,
+) -> list[Tensor]:
+    gradients = empty_gradients(cls_logits, box_deltas)
+    batch, num_anchors = matched_idxs.shape
+    if batch * num_anchors == 0:
+        return gradients
+    outputs = bundle_outputs(cls_logits, box_deltas)
+    num_levels = len(cls_logits)
+    _backward_kernel[(num_blocks(outputs.level_sizes, GRADIENT_ANCHORS), batch)](
+        loss_gradients=LossGradients(grad_classification, grad_bbox_regression),
+        logits=outputs.logits,
+        deltas=outputs.deltas,
+        level_sizes=outputs.level_sizes,
+        gradients=HeadGradients(tuple(gradients[:num_levels]), tuple(gradients[num_levels:])),
+        truth=_truth_of(matched_idxs, gt_boxes, gt_labels, gt_offsets, anchors),
+        regression=Regression(Weights(*weights), beta),
+        saved=Saved(lse.contiguous(), selected.contiguous(), scale.contiguous()),
+        num_anchors=num_anchors,
+        HEAD=outputs.shape,
+        BLOCK=GRADIENT_ANCHORS,
+        STEP=gradient_step(outputs.shape),
+        ZEROS_AT_ONCE=ZEROS_AT_ONCE,
+        num_warps=4,
+        **EXACT,
+    )
+    return gradients
+
+
+def _truth_of(matched_idxs: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, anchors: Tensor) -> Truth:
+    return Truth(
+        matched_idxs.contiguous(),
+        gt_boxes.contiguous(),
+        gt_labels.contiguous(),
+        gt_offsets.contiguous(),
+        anchors.contiguous(),
+    )

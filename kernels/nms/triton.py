@@ -1,0 +1,433 @@
+"""Kernels of greedy NMS for a batch of images, aware of classes.
+
+Boxes are sorted by class, then by descending score. The rows of one class form a chain: whether a row is kept depends
+on the rows before it in the chain. After the sort there are two launches and a fill:
+
+1. Settle. A program owns a block of 128 consecutive rows and decides which of them are kept. It waits for earlier
+   blocks of its chain; the picture below shows for which.
+2. Collect. A program per image walks through the rows by descending score and writes the first `max_output` kept.
+
+What a block waits for, in an image with classes a, b and c:
+
+    block             0           1           2           3           4           5
+    class of rows     aaaaaaaa    aaaabbbb    bbbbbbbb    bbbbbbbb    bbbbbbbb    bbcccccc
+    first class       a           a           b           b           b           b
+    last class        a           b           b           b           b           c
+    waits for bits    -           of 0        of 1        of 2        of 3        of 4
+    waits for lists   -           -           -           of 1        of 1, 2     of 1, 2, 3
+
+A block publishes two things: the bits of the rows that it kept, as soon as it knows them, and then the list of the
+boxes that it kept of its last class. The bits are for the next block. That block has compared its rows with all rows of
+this one in advance, so that it needs nothing but the bits. The lists are for all later blocks of the chain, which
+compare their rows with the listed boxes before they wait for bits. No two classes are compared, and a block into which
+no chain comes (block 0, or a block that begins with a new class) waits for nobody.
+
+Among the rows of a block, "kept if and only if no better kept row suppresses it" has exactly one solution, which is
+that of greedy NMS. A program iterates to it.
+
+Along a chain, each block waits for the one before it, from bits to bits: an atomic read, an AND, a few rounds of the
+iteration of about 60 instructions and two exchanges through shared memory, and an atomic write. This is expected to
+take 1 to 1.5 us, and N / 128 times as long for a chain of N boxes. All other comparisons happen meanwhile.
+
+Every row is read twice. A kept box is read by the later blocks of its chain, from the cache. Scratch memory beside that
+of the sort: 34 bytes per box (a sorted copy of the box, the list of kept boxes, the bits, the count).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssdcore.kernels.device.boxmath import columns, iou_or_zero, load_box, load_box_by_coordinate, rows, store_box
+from ssdcore.kernels.rules import EXACT, round_down, sort_key
+
+BLOCK_ROWS = 128  # rows per program: one per thread at four warps, so that a row's bits stay in its thread
+LISTED_AT_ONCE = 8  # kept boxes compared at once: eight pairs per thread
+COLLECT_BLOCK = 4096  # rows collected at once: 8 per thread at sixteen warps, three steps at 8732
+WORD_BITS = tl.constexpr(32)  # rows that a word of bits speaks for
+PUBLISHED = tl.constexpr(1 << 32)  # added to a published word, because a word of bits may be zero
+LOW_WORD = tl.constexpr(0xFFFFFFFF)
+
+
+class SortedBoxes(NamedTuple):
+    """Pointers to the boxes of a batch, sorted by class, then by descending score."""
+
+    boxes_ptr: Tensor  # [B, N, 4] xyxy
+    classes_ptr: Tensor  # [B, N]; not read without classes
+    ranks_ptr: Tensor  # int64 [B, N]: the position of each row when sorted by score alone; not read without classes
+    scores_ptr: Tensor  # [B, N]: scores by rank, -inf for boxes that are no candidates; not read without a threshold
+
+
+class Chain(NamedTuple):
+    """Pointers to what the blocks of a chain tell each other."""
+
+    ticket_ptr: Tensor  # int64 [1], zero at first
+    words_ptr: Tensor  # int64 [B, blocks, words], zero at first: bits of the rows that a block kept, and PUBLISHED
+    counts_ptr: Tensor  # int64 [B, blocks], zero at first: 1 + how many rows of its last class a block kept
+    lists_ptr: Tensor  # fp32 [B, blocks, BLOCK_ROWS, 4]: the boxes of these rows
+
+
+class Block(NamedTuple):
+    """The rows of one program."""
+
+    index: tl.tensor  # of the block in its image
+    begin: tl.tensor  # first row
+    row: tl.tensor  # [BLOCK]
+    exists: tl.tensor  # bool [BLOCK]
+    box: tl.tensor  # Box of [BLOCK]
+    class_id: tl.tensor  # [BLOCK]; meaningless without classes
+
+
+@triton.jit
+def _of_image(sorted_boxes, image, num_boxes):
+    """The pointers of one image."""
+    return SortedBoxes(
+        sorted_boxes.boxes_ptr + image * num_boxes * 4,
+        sorted_boxes.classes_ptr + image * num_boxes,
+        sorted_boxes.ranks_ptr + image * num_boxes,
+        sorted_boxes.scores_ptr + image * num_boxes,
+    )
+
+
+@triton.jit
+def _pack(flags, BLOCK: tl.constexpr):
+    """Flags [BLOCK] as words of bits, int32 [BLOCK / 32]."""
+    word = tl.arange(0, BLOCK // WORD_BITS)
+    column = tl.arange(0, BLOCK)
+    # Every thread takes part in the sum of every word, so that all threads know all words after one exchange.
+    bits = flags.to(tl.int32) << (column % WORD_BITS)
+    return tl.sum(tl.where((column // WORD_BITS)[None, :] == word[:, None], bits[None, :], 0), axis=1)
+
+
+@triton.jit
+def _any_kept(suppressors, kept_words):
+    """Which columns of `suppressors` [W, BLOCK] have a bit of `kept_words` [W] set."""
+    return tl.max(((suppressors & kept_words[:, None]) != 0).to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def _find_suppressors(
+    sorted_boxes, block, begin, num_boxes, iou_threshold, BY_CLASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Which of the BLOCK rows from `begin` on overlap each row of the block.
+
+    int32 [BLOCK / 32, BLOCK]: a column per row of the block, with one bit per row from `begin` on.
+    """
+    word = tl.arange(0, BLOCK // WORD_BITS)
+    suppressors = tl.zeros([BLOCK // WORD_BITS, BLOCK], tl.int32)
+    # Bit by bit, with a word in a register. To pack a tile of comparisons, threads would have to exchange them.
+    for bit in range(WORD_BITS):
+        # Behind the last row the last row is repeated; its extra bits belong to rows that are never kept.
+        other = tl.minimum(begin + word * WORD_BITS + bit, num_boxes - 1)
+        other_box = load_box_by_coordinate(sorted_boxes.boxes_ptr, other)
+        overlaps = iou_threshold < iou_or_zero(columns(block.box), rows(other_box))
+        if BY_CLASS:
+            overlaps &= tl.load(sorted_boxes.classes_ptr + other)[:, None] == block.class_id[None, :]
+        suppressors |= overlaps.to(tl.int32) << bit
+    return suppressors
+
+
+@triton.jit
+def _find_better_suppressors(
+    sorted_boxes, block, num_boxes, iou_threshold, BY_CLASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Which better rows of the block overlap each of its rows: int32 [BLOCK / 32, BLOCK], a column per row."""
+    suppressors = _find_suppressors(sorted_boxes, block, block.begin, num_boxes, iou_threshold, BY_CLASS, BLOCK)
+    word = tl.arange(0, BLOCK // WORD_BITS)
+    # Of each word, the bits of the rows before the row at hand: none of a later word, all of an earlier one.
+    num_better = (block.row - block.begin)[None, :] - word[:, None] * WORD_BITS
+    some_bits = (1 << tl.minimum(tl.maximum(num_better, 0), WORD_BITS - 1)) - 1
+    return suppressors & tl.where(num_better < WORD_BITS, some_bits, -1)
+
+
+@triton.jit
+def _first_row_of_class(classes_ptr, class_id, row):
+    """The first row of class `class_id`, which `row` belongs to."""
+    low = 0
+    high = row
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(classes_ptr + middle) < class_id
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def _wait_for_count(counts_ptr):
+    """Wait until a block has published its list, and return its length."""
+    # Acquire: the list, which was stored before the count, is seen after it. An atomic, which one thread executes and
+    # shares: with a load of its own, each thread could leave the loop at another time.
+    count = tl.atomic_add(counts_ptr, 0, sem="acquire")
+    while count == 0:
+        count = tl.atomic_add(counts_ptr, 0, sem="acquire")
+    return count.to(tl.int32) - 1
+
+
+@triton.jit
+def _wait_for_words(words_ptr):
+    """Wait until a block has published its bits, and return them."""
+    # Relaxed: nothing is read but the words. An atomic, because one thread must decide for all, as above.
+    words = tl.atomic_add(words_ptr, tl.zeros(words_ptr.shape, tl.int64), sem="relaxed")
+    while tl.min(words) == 0:
+        words = tl.atomic_add(words_ptr, tl.zeros(words_ptr.shape, tl.int64), sem="relaxed")
+    return words.to(tl.int32)
+
+
+@triton.jit
+def _compare_with_list(
+    suppressed, lists_ptr, list_start, count, block, iou_threshold, BLOCK: tl.constexpr, LISTED_AT_ONCE: tl.constexpr
+):
+    """Add to `suppressed`, int32 [BLOCK], what the `count` boxes that are listed from `list_start` on suppress."""
+    for first in range(0, count, LISTED_AT_ONCE):
+        entry = first + tl.arange(0, LISTED_AT_ONCE)
+        # Without a mask, so that one address serves all threads. Entries behind the last one do not count.
+        listed_box = load_box_by_coordinate(lists_ptr + (list_start + first) * 4, tl.arange(0, LISTED_AT_ONCE))
+        overlaps = iou_threshold < iou_or_zero(columns(block.box), rows(listed_box))
+        suppressed |= tl.max((overlaps & (entry < count)[:, None]).to(tl.int32), axis=0)
+    return suppressed
+
+
+@triton.jit
+def _follow_chain(
+    sorted_boxes, chain, block, first_block, num_boxes, max_output, iou_threshold, first_class,
+    BY_CLASS: tl.constexpr, BLOCK: tl.constexpr, LISTED_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Which rows the earlier blocks of the chain suppress, int32 [BLOCK]; waits for these blocks."""
+    by_previous = _find_suppressors(sorted_boxes, block, block.begin - BLOCK, num_boxes, iou_threshold, BY_CLASS, BLOCK)
+    suppressed = tl.zeros([BLOCK], tl.int32)
+    num_kept = 0
+    earlier = 0  # the block at hand; at first that in which the chain begins
+    if BY_CLASS:
+        earlier = _first_row_of_class(sorted_boxes.classes_ptr, first_class, block.begin) // BLOCK
+    # A chain that has kept all that can be returned needs no more comparisons.
+    while (earlier < block.index - 1) & (num_kept < max_output):
+        count = _wait_for_count(chain.counts_ptr + first_block + earlier)
+        list_start = (first_block + earlier) * BLOCK
+        suppressed = _compare_with_list(
+            suppressed, chain.lists_ptr, list_start, count, block, iou_threshold, BLOCK, LISTED_AT_ONCE
+        )
+        num_kept += count
+        earlier += 1
+    if num_kept < max_output:
+        word = tl.arange(0, BLOCK // WORD_BITS)
+        previous = _wait_for_words(chain.words_ptr + (first_block + block.index - 1) * (BLOCK // WORD_BITS) + word)
+        suppressed |= _any_kept(by_previous, previous).to(tl.int32)
+    else:
+        suppressed |= 1
+    return suppressed
+
+
+@triton.jit
+def _settle(alive, suppressors, BLOCK: tl.constexpr):
+    """Which of the rows `alive` [BLOCK] greedy NMS keeps."""
+    kept = alive
+    changed = 1
+    # Row i of the block is settled after i + 1 rounds at the latest. Real boxes need a few.
+    while changed != 0:
+        before = kept
+        kept = alive & ~_any_kept(suppressors, _pack(before, BLOCK))
+        changed = tl.max((kept ^ before).to(tl.int32))
+    return kept
+
+
+@triton.jit
+def _publish_words(words_ptr, kept, BLOCK: tl.constexpr):
+    """Tell the next block of the chain which rows are kept."""
+    word = tl.arange(0, BLOCK // WORD_BITS)
+    # Relaxed: nothing is read but the words. An atomic, so that no cache holds them back. They are added to zero,
+    # because AMD's backend of Triton 3.6 cannot exchange a tensor.
+    published = (_pack(kept, BLOCK).to(tl.int64) & LOW_WORD) | PUBLISHED
+    tl.atomic_add(words_ptr + word, published, sem="relaxed")
+
+
+@triton.jit
+def _publish_list(list_ptr, counts_ptr, block, listed):
+    """Tell all later blocks of the chain which boxes are kept."""
+    count = tl.sum(listed)
+    slot = tl.cumsum(listed, 0) - listed
+    store_box(list_ptr, slot, block.box, listed != 0)
+    # Every thread's part of the list is stored before one thread publishes it.
+    tl.debug_barrier()
+    # Release: whoever sees the count sees the list.
+    tl.atomic_xchg(counts_ptr, count.to(tl.int64) + 1, sem="release")
+
+
+# `num_boxes` and `max_output` differ from call to call. Specialised, Triton would compile another kernel for an
+# argument of 1, or one divisible by 16.
+@triton.jit(do_not_specialize=["num_boxes", "max_output"])
+def _settle_kernel(
+    sorted_boxes,  # SortedBoxes
+    chain,  # Chain
+    kept_ptr,  # bool [B, N], by rank
+    batch,
+    num_boxes,
+    num_blocks,
+    max_output,
+    iou_threshold,
+    BY_CLASS: tl.constexpr,
+    BY_SCORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LISTED_AT_ONCE: tl.constexpr,
+):
+    # A ticket and not program_id says which block a program owns. A block waits for earlier tickets only, whose
+    # programs are running already. Relaxed: the number is all there is to it.
+    ticket = tl.atomic_add(chain.ticket_ptr, 1, sem="relaxed")
+    image = ticket % batch  # int64, and so is every offset that it makes
+    index = (ticket // batch).to(tl.int32)
+    sorted_boxes = _of_image(sorted_boxes, image, num_boxes)
+    kept_ptr += image * num_boxes
+    first_block = image * num_blocks
+
+    begin = index * BLOCK
+    row = begin + tl.arange(0, BLOCK)
+    exists = row < num_boxes
+    box = load_box(sorted_boxes.boxes_ptr, row, exists)
+    class_id = row
+    first_class = 0
+    of_first_class = exists
+    # Does a chain come in? (Triton makes a constant of a single block, and then leaves out all the waiting.)
+    chain_comes_in = (index > 0) & (num_blocks > 1)
+    if BY_CLASS:
+        class_id = tl.load(sorted_boxes.classes_ptr + row, mask=exists, other=0)
+        first_class = tl.load(sorted_boxes.classes_ptr + begin)
+        of_first_class &= class_id == first_class
+        chain_comes_in &= tl.load(sorted_boxes.classes_ptr + tl.maximum(begin, 1) - 1) == first_class
+    alive = exists
+    if BY_SCORE:
+        rank, first_rank = row, begin
+        if BY_CLASS:
+            rank = tl.load(sorted_boxes.ranks_ptr + row, mask=exists, other=0)
+            first_rank = tl.load(sorted_boxes.ranks_ptr + begin)
+        alive &= tl.load(sorted_boxes.scores_ptr + rank, mask=exists, other=-float("inf")) > -float("inf")
+        # The best row of a class comes first. If the block's first row is no candidate, no row of that class is.
+        chain_comes_in &= tl.load(sorted_boxes.scores_ptr + first_rank) > -float("inf")
+    block = Block(index, begin, row, exists, box, class_id)
+    suppressors = _find_better_suppressors(sorted_boxes, block, num_boxes, iou_threshold, BY_CLASS, BLOCK)
+
+    if chain_comes_in:
+        suppressed = _follow_chain(
+            sorted_boxes, chain, block, first_block, num_boxes, max_output, iou_threshold, first_class,
+            BY_CLASS, BLOCK, LISTED_AT_ONCE,
+        )  # fmt: skip
+        alive &= (suppressed == 0) | ~of_first_class
+    kept = _settle(alive, suppressors, BLOCK)
+    _publish_words(chain.words_ptr + (first_block + index) * (BLOCK // WORD_BITS), kept, BLOCK)
+
+    of_last_class = exists
+    if BY_CLASS:
+        last_class = tl.load(sorted_boxes.classes_ptr + tl.minimum(begin + BLOCK, num_boxes) - 1)
+        of_last_class &= tl.load(sorted_boxes.classes_ptr + row, mask=exists, other=0) == last_class
+    list_ptr = chain.lists_ptr + (first_block + index) * BLOCK * 4
+    _publish_list(list_ptr, chain.counts_ptr + first_block + index, block, (kept & of_last_class).to(tl.int32))
+    kept_rank = row
+    if BY_CLASS:
+        kept_rank = tl.load(sorted_boxes.ranks_ptr + row, mask=exists, other=0)
+    tl.store(kept_ptr + kept_rank, kept, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_boxes", "max_output"])
+def _collect_kernel(
+    kept_ptr,  # bool [B, N], by rank
+    order_ptr,  # int64 [B, N]: the box of each rank
+    output_ptr,  # int64 [B, max_output]
+    num_kept_ptr,  # int32 [B]
+    num_boxes,
+    max_output,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    kept_ptr += image * num_boxes
+    order_ptr += image * num_boxes
+    output_ptr += image * max_output
+    num_kept = 0
+    begin = 0
+    while (begin < num_boxes) & (num_kept < max_output):
+        rank = begin + tl.arange(0, BLOCK)
+        kept = tl.load(kept_ptr + rank, mask=rank < num_boxes, other=0).to(tl.int32)
+        slot = num_kept + tl.cumsum(kept, 0) - kept
+        box = tl.load(order_ptr + rank, mask=kept != 0, other=0)
+        tl.store(output_ptr + slot, box, mask=(kept != 0) & (slot < max_output))
+        num_kept += tl.sum(kept)
+        begin += BLOCK
+    num_kept = tl.minimum(num_kept, max_output)
+    tl.store(num_kept_ptr + image, num_kept)
+    for begin in range(num_kept, max_output, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        tl.store(output_ptr + slot, tl.full([BLOCK], -1, tl.int64), mask=slot < max_output)
+
+
+def _sort(
+    boxes: Tensor, scores: Tensor, idxs: Tensor | None, score_threshold: float | None
+) -> tuple[SortedBoxes, Tensor]:
+    """The boxes sorted by class, then by descending score; and the order [B, N] by score alone."""
+    keys = sort_key(scores)
+    if score_threshold is not None:
+        keys = torch.where(keys > score_threshold, keys, -torch.inf)  # behind every candidate, which -inf cannot be
+    keys, order = keys.sort(dim=1, descending=True, stable=True)
+    rows = ranks = classes = order
+    if idxs is not None:
+        classes, ranks = idxs.take_along_dim(order, dim=1).sort(dim=1, stable=True)
+        rows = order.take_along_dim(ranks, dim=1)
+    return SortedBoxes(boxes.take_along_dim(rows[..., None], dim=1), classes, ranks, keys), order
+
+
+def launch_batched_nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor | None,
+    iou_threshold: float,
+    max_output: int,
+    score_threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, num_boxes = scores.shape
+    device = boxes.device
+    if batch * max_output * num_boxes == 0:
+        output = torch.full((batch, max_output), -1, dtype=torch.int64, device=device)
+        return output, torch.zeros(batch, dtype=torch.int32, device=device)
+
+    sorted_boxes, order = _sort(boxes, scores, idxs, score_threshold)
+    num_blocks, num_words = triton.cdiv(num_boxes, BLOCK_ROWS), BLOCK_ROWS // WORD_BITS.value
+    zeros = torch.zeros(1 + batch * num_blocks * (num_words + 1), dtype=torch.int64, device=device)
+    ticket, words, counts = zeros.split((1, batch * num_blocks * num_words, batch * num_blocks))
+    lists = torch.empty(batch, num_blocks, BLOCK_ROWS, 4, dtype=torch.float32, device=device)
+    kept = torch.empty(batch, num_boxes, dtype=torch.bool, device=device)
+    _settle_kernel[(batch * num_blocks,)](
+        sorted_boxes=sorted_boxes,
+        chain=Chain(ticket, words, counts, lists),
+        kept_ptr=kept,
+        batch=batch,
+        num_boxes=num_boxes,
+        num_blocks=num_blocks,
+        max_output=max_output,
+        iou_threshold=round_down(iou_threshold),
+        BY_CLASS=idxs is not None,
+        BY_SCORE=score_threshold is not None,
+        BLOCK=BLOCK_ROWS,
+        LISTED_AT_ONCE=LISTED_AT_ONCE,
+        num_warps=4,
+        **EXACT,
+    )
+    output = torch.empty(batch, max_output, dtype=torch.int64, device=device)
+    num_kept = torch.empty(batch, dtype=torch.int32, device=device)
+    _collect_kernel[(batch,)](
+        kept_ptr=kept,
+        order_ptr=order,
+        output_ptr=output,
+        num_kept_ptr=num_kept,
+        num_boxes=num_boxes,
+        max_output=max_output,
+        BLOCK=COLLECT_BLOCK,
+        num_warps=16,
+        **EXACT,
+    )
+    return output, num_kept
+
+
+def launch_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+    idxs = None if idxs is None else idxs[None]
+    kept, num_kept = launch_batched_nms_padded(boxes[None], scores[None], idxs, iou_threshold, len(boxes), None)
+    # The length of the result depends on its values: here, and only here, the host waits for the GPU.
+    return kept[0, : int(num_kept)].clone()

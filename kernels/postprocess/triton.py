@@ -1,0 +1,698 @@
+"""Kernels from the head's outputs to detections.
+
+The steps are softmax, top-k, decode, clip, NMS per class, and the best detections per image. Whether a candidate is
+kept depends on the better candidates of its class alone. So once as many detections as wanted are kept among an image's
+candidates above some cutoff score, no candidate below the cutoff matters. Most of the 80 x 400 candidates of an image
+then need never be looked at. Four launches, whatever the number of images and classes:
+
+1. Rows. A program takes a block of anchors of one image. For each anchor it stores what the softmax needs (the largest
+   logit and the sum of the powers) and its best foreground score as an integer key. It reads the logits once.
+2. Gathering. It decodes and clips the boxes of all anchors that have a candidate. The cutoff of an image is a score
+   that fewer than CUTOFF_ANCHORS anchors per wanted detection exceed. Every program finds it for itself, because that
+   is faster than another launch. Then the logits of the anchors above the cutoff are read once more, and their
+   candidates are appended to lists, one per class. The order in which programs run changes the order of a list, but no
+   result, because keys are distinct and only their order counts.
+3. Classes. A program takes one class of one image. It finds the k best of the class's list, sorts them by counting, and
+   runs NMS over them, 32 at a time, each compared with the kept ones before it. It appends what is kept to the image's
+   list. The last program of an image to finish selects the best of that list, sorts them by counting and writes the
+   output with its padding.
+4. The rest. If fewer detections are kept than wanted, and candidates lie below the cutoff, the image is settled again
+   without a cutoff. That is exact, and hardly ever necessary. Otherwise these programs have nothing to do.
+
+No list can overflow: fewer anchors lie above the cutoff than a list has slots, and without a cutoff a full list is
+reduced to its k best.
+
+What waits for what, in one image:   row programs -> gather programs -> class programs -> the last of them -> the rest
+                                              (launch)          (launch)    (a counter)           (launch)
+
+Bytes that must move: the logits in, 45 MB at B = 32, C = 81 and bf16, 11 us at 4.3 TB/s. Scratch memory: 28 bytes per
+anchor; for each of B * (C - 1) classes 32 bytes per candidate of its k best, and 8 bytes per slot of its list.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssdcore.kernels.device.boxmath import Box, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
+from ssdcore.kernels.device.head import (
+    HeadOutputs,
+    anchors_of_block,
+    bundle_outputs,
+    exp_difference,
+    load_deltas,
+    load_logits,
+    locate_block,
+    num_blocks,
+    ptr_of_image,
+    softmax,
+    span_of,
+    tile_anchors,
+    tile_of_chunk,
+)
+from ssdcore.kernels.device.selection import (
+    NUMBERED_SCORE_TOP_BIT,
+    SCORE_TOP_BIT,
+    keep_k_largest,
+    limit_of_k_largest,
+    rank_descending,
+)
+from ssdcore.kernels.rules import EXACT, round_down
+
+CUTOFF_ANCHORS = 8  # anchors above the cutoff per wanted detection: NMS rarely keeps fewer than one in eight
+GATHER_ANCHORS = 32  # anchors gathered at once; more would cost registers, and with them occupancy
+GATHER_PROGRAMS = 512  # of all images together, one wave of an H200; each finds the cutoff of its image
+GATHER_BLOCK = 4096  # keys of anchors in registers, 16 per thread at eight warps; more would cost occupancy
+SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at four warps
+CANDIDATES_AT_ONCE = 32  # candidates compared at once: with 32 others, 8 pairs per thread
+REST_ANCHORS = 256  # anchors read at once where an image is settled again: two per thread
+WORD_BITS = tl.constexpr(32)  # candidates that a word of bits speaks for
+LOW_WORD = tl.constexpr(0xFFFFFFFF)
+LAST_NUMBER = tl.constexpr(0x7FFFFFFF)  # no candidate has this number
+
+
+class AnchorScores(NamedTuple):
+    """Pointers to what the row kernel stores for each anchor."""
+
+    top_ptr: Tensor  # fp32 [B, A]: largest logit
+    total_ptr: Tensor  # fp32 [B, A]: sum of exp(logit - largest)
+    best_ptr: Tensor  # int32 [B, A]: bits of the best foreground score, or -1 if the anchor has no candidate
+
+
+class Counters(NamedTuple):
+    """Pointers to the lengths of the lists, which the row kernel sets to zero."""
+
+    listed_ptr: Tensor  # int32 [B, C - 1]: candidates of a class
+    kept_ptr: Tensor  # int32 [B]: kept candidates of an image
+    done_ptr: Tensor  # int32 [B]: class programs that have finished
+
+
+class Scratch(NamedTuple):
+    """Pointers to the lists of candidates, and to what is made of them."""
+
+    candidates_ptr: Tensor  # int64 [B, C - 1, capacity]: keys of each class's candidates
+    sorted_keys_ptr: Tensor  # int64 [B, C - 1, K]: the best of them, sorted
+    sorted_boxes_ptr: Tensor  # fp32 [B, C - 1, K, 4] xyxy
+    kept_words_ptr: Tensor  # int32 [B, C - 1, words]: bits of those that are kept
+    kept_keys_ptr: Tensor  # int64 [B, (C - 1) * K]: keys of all that is kept in an image
+
+
+class Output(NamedTuple):
+    """Pointers to the detections."""
+
+    boxes_ptr: Tensor  # fp32 [B, D, 4] xyxy
+    scores_ptr: Tensor  # fp32 [B, D]
+    labels_ptr: Tensor  # int64 [B, D]
+    num_detections_ptr: Tensor  # int32 [B]
+
+
+class Sizes(NamedTuple):
+    """Lengths that kernels need."""
+
+    anchors: int  # A
+    capacity: int  # slots in the list of a class
+    topk: int  # K, candidates of a class that take part in NMS
+    words: int  # words of bits for K candidates
+    detections: int  # D
+
+
+class ClassProblem(NamedTuple):
+    """NMS of one class of one image: the parts of `Scratch` that belong to it."""
+
+    class_index: tl.tensor  # label - 1
+    candidates_ptr: tl.tensor
+    sorted_keys_ptr: tl.tensor
+    sorted_boxes_ptr: tl.tensor
+    kept_words_ptr: tl.tensor
+    boxes_ptr: tl.tensor  # decoded boxes of the image's anchors
+    kept_keys_ptr: tl.tensor  # of the image
+    kept_count_ptr: tl.tensor  # of the image
+
+
+@triton.jit
+def _complement(number):
+    """The low word of a key, or the number in it: the lower the number, the larger the key."""
+    return tl.cast(LAST_NUMBER, tl.int32) - number
+
+
+@triton.jit
+def _key_of(score, class_index, anchor, num_anchors):
+    """A key that orders candidates by score, equal scores by class and then by anchor; no two are equal."""
+    number = class_index * num_anchors + anchor
+    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | _complement(number).to(tl.int64)
+
+
+@triton.jit
+def _number_of(key):
+    """The number of a candidate: class_index * A + anchor."""
+    return _complement((key & LOW_WORD).to(tl.int32))
+
+
+@triton.jit
+def _score_of(key):
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+# --- 1. rows ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _zero_counters(counters, image, HEAD: tl.constexpr):
+    tl.store(counters.kept_ptr + image, 0)
+    tl.store(counters.done_ptr + image, 0)
+    for chunk in range(tl.cdiv(HEAD.classes - 1, HEAD.chunk)):
+        class_index = chunk * HEAD.chunk + tl.arange(0, HEAD.chunk)
+        listed_ptr = counters.listed_ptr + image * (HEAD.classes - 1) + class_index
+        tl.store(listed_ptr, tl.zeros_like(class_index), mask=class_index < HEAD.classes - 1)
+
+
+@triton.jit
+def _row_kernel(
+    logits,  # Maps
+    level_sizes,  # LevelSizes
+    anchor_scores,  # AnchorScores
+    counters,  # Counters
+    num_anchors,
+    score_threshold,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if number == 0:
+        _zero_counters(counters, image, HEAD)
+
+    block = locate_block(number, level_sizes, BLOCK)
+    anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+    logits_ptr = ptr_of_image(logits, block, image)
+    span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
+    top, total, powers = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
+    class_id, _, _ = tile_of_chunk(span, exists, 0, HEAD)
+    best = tl.where(class_id > 0, powers[0], 0.0)
+    for chunk in tl.static_range(1, len(powers)):
+        best = tl.maximum(best, powers[chunk])
+    # The score of the largest power is the largest score, because division keeps the order.
+    score = tl.div_rn(tl.max(best, axis=1 - HEAD.planes), total)
+    row = image * num_anchors + block.first_anchor + anchor_in_level
+    tl.store(anchor_scores.top_ptr + row, top, mask=exists)
+    tl.store(anchor_scores.total_ptr + row, total, mask=exists)
+    key = tl.where(score > score_threshold, score.to(tl.int32, bitcast=True), -1)
+    tl.store(anchor_scores.best_ptr + row, key, mask=exists)
+
+
+# --- 2. gathering -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _clip(x, limit):
+    """`x` clipped to 0..limit; NaN stays NaN."""
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _list_candidates(
+    logits_ptr, span, anchor, above, top, total, cutoff, score_threshold, candidates_ptr, listed_ptr, image,
+    num_anchors, capacity, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Append the candidates above the cutoff, of the anchors `above`, to the lists of their classes."""
+    axis: tl.constexpr = 1 - HEAD.planes  # of the classes
+    top, total = tl.expand_dims(top, axis), tl.expand_dims(total, axis)
+    for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
+        class_id, offset, inside = tile_of_chunk(span, above, chunk, HEAD)
+        logit = tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32)
+        score = tl.div_rn(exp_difference(logit, top), tl.broadcast_to(total, logit.shape))
+        passes = (score > score_threshold) & (score.to(tl.int32, bitcast=True) > cutoff)
+        listed = passes & inside & (class_id > 0)
+        key = _key_of(score, class_id - 1, tl.expand_dims(anchor, axis), num_anchors)
+        list_index = tl.broadcast_to(image * (HEAD.classes - 1) + class_id - 1, logit.shape)
+        # Each candidate reserves a slot of its own. Relaxed: only the next launch reads the lists.
+        slot = tl.atomic_add(listed_ptr + list_index, 1, mask=listed, sem="relaxed")
+        tl.store(candidates_ptr + list_index * capacity + slot, key, mask=listed)
+
+
+@triton.jit
+def _gather_kernel(
+    logits,  # Maps
+    deltas,  # Maps
+    level_sizes,  # LevelSizes
+    anchors_ptr,  # [A, 4] xyxy
+    image_sizes_ptr,  # [B, 2] height, width
+    weights,  # Weights
+    anchor_scores,  # AnchorScores
+    boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes of the anchors that have a candidate
+    candidates_ptr,  # int64 [B, C - 1, capacity]
+    listed_ptr,  # int32 [B, C - 1]: zero at first
+    cutoff_ptr,  # int32 [B]: bits of the score that all listed candidates exceed; -1 if all candidates are listed
+    num_anchors,
+    num_blocks,
+    capacity,
+    score_threshold,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    best_ptr = anchor_scores.best_ptr + image * num_anchors
+    cutoff, _ = limit_of_k_largest(best_ptr, num_anchors, capacity, SCORE_TOP_BIT, SELECT_BLOCK)
+    tl.store(cutoff_ptr + image, cutoff)  # every program stores the same value
+    height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
+    width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
+    for number in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        block = locate_block(number, level_sizes, BLOCK)
+        anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+        anchor = block.first_anchor + anchor_in_level
+        row = image * num_anchors + anchor
+        best = tl.load(anchor_scores.best_ptr + row, mask=exists, other=-1)
+        has_candidate = best >= 0
+        if tl.max(best) >= 0:
+            deltas_ptr = ptr_of_image(deltas, block, image)
+            delta = load_deltas(deltas_ptr, anchor_in_level, block, has_candidate, HEAD)
+            box = decode(delta, load_box(anchors_ptr, anchor, has_candidate), weights)
+            clipped = Box(_clip(box.x1, width), _clip(box.y1, height), _clip(box.x2, width), _clip(box.y2, height))
+            store_box(boxes_ptr, row, clipped, has_candidate)
+        if tl.max(best) > cutoff:
+            above = best > cutoff
+            logits_ptr = ptr_of_image(logits, block, image)
+            span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
+            top = tl.load(anchor_scores.top_ptr + row, mask=above, other=0.0)
+            total = tl.load(anchor_scores.total_ptr + row, mask=above, other=1.0)
+            _list_candidates(
+                logits_ptr, span, anchor, above, top, total, cutoff, score_threshold, candidates_ptr, listed_ptr, image,
+                num_anchors, capacity, HEAD,
+            )  # fmt: skip
+
+
+# --- 3. classes -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes):
+    """The problem of one class of one image."""
+    number = image * num_foreground + class_index
+    return ClassProblem(
+        class_index,
+        scratch.candidates_ptr + number * sizes.capacity,
+        scratch.sorted_keys_ptr + number * sizes.topk,
+        scratch.sorted_boxes_ptr + number * sizes.topk * 4,
+        scratch.kept_words_ptr + number * sizes.words,
+        boxes_ptr + image * sizes.anchors * 4,
+        scratch.kept_keys_ptr + image * num_foreground * sizes.topk,
+        counters.kept_ptr + image,
+    )
+
+
+@triton.jit
+def _sort_candidates(problem, count, num_anchors, AT_ONCE: tl.constexpr):
+    """Sort the `count` keys of the list, best first, and fetch the boxes of their anchors."""
+    for start in range(0, count, AT_ONCE):
+        index = start + tl.arange(0, AT_ONCE)
+        mask = index < count
+        keys = tl.load(problem.candidates_ptr + index, mask=mask, other=-1)
+        rank = rank_descending(problem.candidates_ptr, keys, count, WORD_BITS)
+        anchor = _number_of(keys) - problem.class_index * num_anchors
+        store_box(problem.sorted_boxes_ptr, rank, load_box(problem.boxes_ptr, anchor, mask), mask)
+        tl.store(problem.sorted_keys_ptr + rank, keys, mask=mask)
+    # NMS reads boxes and keys that other threads sorted.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _any_bit(words):
+    """The bits that are set in any of `words`."""
+    # `tl.reduce` with an operator of our own would take the interpreter minutes.
+    bit = tl.arange(0, WORD_BITS)
+    return tl.sum(tl.max((words[:, None] >> bit[None, :]) & 1, axis=0) << bit)
+
+
+@triton.jit
+def _resolve_word(alive, suppresses):
+    """Greedy NMS among 32 boxes: which bits of `alive` are kept, if box i suppresses the bits of `suppresses[i]`."""
+    bit = tl.arange(0, WORD_BITS)
+    kept = alive
+    before = alive ^ 1
+    # Box i is settled after i + 1 rounds at the latest. Real boxes need a few.
+    while kept != before:
+        before = kept
+        kept = alive & ~_any_bit(tl.where(((kept >> bit) & 1) != 0, suppresses, 0))
+    return kept
+
+
+@triton.jit
+def _suppressed_by_earlier_words(problem, word, column_box, iou_threshold, AT_ONCE: tl.constexpr):
+    """Which candidates of `word` a kept candidate of an earlier word suppresses, int32 [32]."""
+    suppressed = tl.zeros([WORD_BITS], tl.int32)
+    for start in range(0, word * WORD_BITS, AT_ONCE):
+        row = start + tl.arange(0, AT_ONCE)
+        is_earlier = row < word * WORD_BITS
+        row_box = load_box(problem.sorted_boxes_ptr, row, is_earlier)
+        row_words = tl.load(problem.kept_words_ptr + row // WORD_BITS, mask=is_earlier, other=0)
+        row_is_kept = (row_words >> (row % WORD_BITS)) & 1
+        overlap = iou_or_zero(rows(row_box), columns(column_box))
+        suppresses = (overlap > iou_threshold) & (row_is_kept != 0)[:, None]
+        suppressed = tl.maximum(suppressed, tl.max(suppresses.to(tl.int32), axis=0))
+    return suppressed
+
+
+@triton.jit
+def _settle_class(problem, count, sizes, iou_threshold, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Top-k and NMS of one class; appends the keys of what is kept to the image's list."""
+    count = keep_k_largest(problem.candidates_ptr, count, sizes.topk, NUMBERED_SCORE_TOP_BIT, BLOCK)
+    _sort_candidates(problem, count, sizes.anchors, AT_ONCE)
+    bit = tl.arange(0, WORD_BITS)
+    for word in range(tl.cdiv(count, WORD_BITS)):
+        candidate = word * WORD_BITS + bit
+        exists = candidate < count
+        box = load_box(problem.sorted_boxes_ptr, candidate, exists)
+        suppressed = _suppressed_by_earlier_words(problem, word, box, iou_threshold, AT_ONCE)
+        alive = tl.sum(exists.to(tl.int32) << bit) & ~tl.sum(suppressed << bit)
+
+        # Loaded again, because `rows` and `columns` want different layouts.
+        row_box = load_box(problem.sorted_boxes_ptr, candidate, exists)
+        overlap = iou_or_zero(rows(row_box), columns(box))
+        suppresses = (overlap > iou_threshold) & (candidate[:, None] < candidate[None, :])
+        kept_word = _resolve_word(alive, tl.sum(suppresses.to(tl.int32) << bit[None, :], axis=1))
+        tl.store(problem.kept_words_ptr + word, kept_word)
+        kept = (kept_word >> bit) & 1
+        # Reserves slots for all that the word keeps. Relaxed: they are read after a launch or a barrier.
+        first_slot = tl.atomic_add(problem.kept_count_ptr, tl.sum(kept), sem="relaxed")
+        slot = first_slot + tl.cumsum(kept, 0) - kept
+        keys = tl.load(problem.sorted_keys_ptr + candidate, mask=kept > 0, other=0)
+        tl.store(problem.kept_keys_ptr + slot, keys, mask=kept > 0)
+        # The next word reads which candidates were kept, which another thread stored.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _is_last_program(done_ptr, num_programs):
+    """Whether this is the last of an image's programs to arrive; the last one sees all that the others have stored."""
+    # All threads have stored before one counts. Acquire and release order the count against other programs' stores.
+    tl.debug_barrier()
+    return tl.atomic_add(done_ptr, 1, sem="acq_rel") == num_programs - 1
+
+
+@triton.jit
+def _store_detections(
+    kept_keys_ptr, count, boxes_ptr, output, image, sizes, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Write an image's detections: the best of the `count` kept candidates, sorted, and padding."""
+    out_boxes_ptr = output.boxes_ptr + image * sizes.detections * 4
+    out_scores_ptr = output.scores_ptr + image * sizes.detections
+    out_labels_ptr = output.labels_ptr + image * sizes.detections
+    count = keep_k_largest(kept_keys_ptr, count, sizes.detections, NUMBERED_SCORE_TOP_BIT, BLOCK)
+    tl.store(output.num_detections_ptr + image, count)
+    for start in range(0, sizes.detections, AT_ONCE):
+        index = start + tl.arange(0, AT_ONCE)
+        is_detection = index < count
+        keys = tl.load(kept_keys_ptr + index, mask=is_detection, other=-1)
+        rank = tl.where(is_detection, rank_descending(kept_keys_ptr, keys, count, WORD_BITS), index)
+        number = _number_of(keys)
+        class_index = number // sizes.anchors
+        box = load_box(boxes_ptr, number - class_index * sizes.anchors, is_detection)
+        inside = index < sizes.detections
+        store_box(out_boxes_ptr, rank, box, inside)
+        tl.store(out_scores_ptr + rank, tl.where(is_detection, _score_of(keys), 0.0), mask=inside)
+        tl.store(out_labels_ptr + rank, tl.where(is_detection, class_index + 1, -1).to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _fewest_listed(listed_ptr, num_foreground, topk, BLOCK: tl.constexpr):
+    """The length of an image's shortest list, at most `topk`."""
+    fewest = topk
+    for start in range(0, num_foreground, BLOCK):
+        class_index = start + tl.arange(0, BLOCK)
+        listed = tl.load(listed_ptr + class_index, mask=class_index < num_foreground, other=topk)
+        fewest = tl.minimum(fewest, tl.min(listed))
+    return fewest
+
+
+@triton.jit
+def _class_kernel(
+    boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes
+    cutoff_ptr,  # int32 [B]
+    scratch,  # Scratch
+    counters,  # Counters
+    unsettled_ptr,  # int32 [B]: whether the next launch has to settle the image again
+    output,  # Output
+    sizes,  # Sizes
+    iou_threshold,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    class_index, num_foreground, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    problem = _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes)
+    listed_ptr = counters.listed_ptr + image * num_foreground
+    _settle_class(problem, tl.load(listed_ptr + class_index), sizes, iou_threshold, BLOCK, AT_ONCE)
+    if _is_last_program(counters.done_ptr + image, num_foreground):
+        # An atomic that adds nothing: a load might find an older count in the cache.
+        count = tl.atomic_add(counters.kept_ptr + image, 0)
+        fewest = _fewest_listed(listed_ptr, num_foreground, sizes.topk, BLOCK)
+        # If every class has k candidates above the cutoff, no candidate below it is wanted either.
+        unsettled = (count < sizes.detections) & (tl.load(cutoff_ptr + image) >= 0) & (fewest < sizes.topk)
+        tl.store(unsettled_ptr + image, unsettled.to(tl.int32))
+        if unsettled:
+            tl.store(counters.kept_ptr + image, 0)
+            tl.store(counters.done_ptr + image, 0)
+        else:
+            _store_detections(problem.kept_keys_ptr, count, problem.boxes_ptr, output, image, sizes, BLOCK, AT_ONCE)
+
+
+# --- 4. the rest ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_all_candidates(
+    problem, logits, level_sizes, anchor_scores, image, num_blocks, sizes, score_threshold,
+    HEAD: tl.constexpr, ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """List the candidates of one class without a cutoff, the k best of them at least; returns their number."""
+    listed = 0
+    for number in range(num_blocks):
+        block = locate_block(number, level_sizes, ANCHORS)
+        anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, ANCHORS)
+        anchor = block.first_anchor + anchor_in_level
+        row = image * sizes.anchors + anchor
+        span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
+        logits_ptr = ptr_of_image(logits, block, image) + span.start + (problem.class_index + 1) * span.stride
+        logit = tl.load(logits_ptr, mask=exists, other=-float("inf")).to(tl.float32)
+        top = tl.load(anchor_scores.top_ptr + row, mask=exists, other=0.0)
+        total = tl.load(anchor_scores.total_ptr + row, mask=exists, other=1.0)
+        score = tl.div_rn(exp_difference(logit, top), total)
+        is_candidate = score > score_threshold
+        if listed + ANCHORS > sizes.capacity:
+            # Other threads stored the last keys of the list.
+            tl.debug_barrier()
+            listed = keep_k_largest(problem.candidates_ptr, listed, sizes.topk, NUMBERED_SCORE_TOP_BIT, BLOCK)
+        candidate = is_candidate.to(tl.int32)
+        slot = listed + tl.cumsum(candidate, 0) - candidate
+        key = _key_of(score, problem.class_index, anchor, sizes.anchors)
+        tl.store(problem.candidates_ptr + slot, key, mask=is_candidate)
+        listed += tl.sum(candidate)
+    # The list is read by other threads than stored it.
+    tl.debug_barrier()
+    return listed
+
+
+@triton.jit
+def _rest_kernel(
+    unsettled_ptr,  # int32 [B]
+    logits,  # Maps
+    level_sizes,  # LevelSizes
+    anchor_scores,  # AnchorScores
+    boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes
+    scratch,  # Scratch
+    counters,  # Counters: `kept` and `done` are zero at first
+    output,  # Output
+    num_blocks,
+    sizes,  # Sizes
+    score_threshold,
+    iou_threshold,
+    HEAD: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    class_index, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if tl.load(unsettled_ptr + image) != 0:
+        problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
+        count = _list_all_candidates(
+            problem,
+            logits,
+            level_sizes,
+            anchor_scores,
+            image,
+            num_blocks,
+            sizes,
+            score_threshold,
+            HEAD,
+            ANCHORS,
+            BLOCK,
+        )
+        _settle_class(problem, count, sizes, iou_threshold, BLOCK, AT_ONCE)
+        if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
+            # An atomic that adds nothing: a load might find an older count in the cache.
+            kept_count = tl.atomic_add(counters.kept_ptr + image, 0)
+            _store_detections(
+                problem.kept_keys_ptr, kept_count, problem.boxes_ptr, output, image, sizes, BLOCK, AT_ONCE
+            )
+
+
+# --- the launches -----------------------------------------------------------------------------------------
+
+
+def sizes_of(num_anchors: int, topk_candidates: int, max_detections: int) -> Sizes:
+    """The lengths of the lists."""
+    topk = min(topk_candidates, num_anchors)
+    capacity = min(num_anchors, max(CUTOFF_ANCHORS * max_detections, topk + REST_ANCHORS))
+    return Sizes(num_anchors, capacity, topk, triton.cdiv(topk, WORD_BITS.value), max_detections)
+
+
+def launch_postprocess_detections(
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    anchors: Tensor,
+    image_sizes: Tensor,
+    weights: Sequence[float],
+    score_threshold: float,
+    iou_threshold: float,
+    topk_candidates: int,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = bundle_outputs(cls_logits, box_deltas)
+    batch, num_foreground, device = len(image_sizes), outputs.shape.classes - 1, anchors.device
+    sizes = sizes_of(len(anchors), topk_candidates, max_detections)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    output = Output(
+        empty(torch.float32, batch, max_detections, 4),
+        empty(torch.float32, batch, max_detections),
+        empty(torch.int64, batch, max_detections),
+        empty(torch.int32, batch),
+    )
+    if batch * sizes.topk * num_foreground == 0:
+        boxes, scores, labels, num_detections = output
+        return boxes.zero_(), scores.zero_(), labels.fill_(-1), num_detections.zero_()
+    assert num_foreground * sizes.anchors <= LAST_NUMBER.value, "a candidate's number fits 31 bits"
+
+    anchor_scores = AnchorScores(
+        empty(torch.float32, batch, sizes.anchors),
+        empty(torch.float32, batch, sizes.anchors),
+        empty(torch.int32, batch, sizes.anchors),
+    )
+    counters = Counters(empty(torch.int32, batch, num_foreground), empty(torch.int32, batch), empty(torch.int32, batch))
+    scratch = Scratch(
+        empty(torch.int64, batch, num_foreground, sizes.capacity),
+        empty(torch.int64, batch, num_foreground, sizes.topk),
+        empty(torch.float32, batch, num_foreground, sizes.topk, 4),
+        empty(torch.int32, batch, num_foreground, sizes.words),
+        empty(torch.int64, batch, num_foreground * sizes.topk),
+    )
+    decoded = empty(torch.float32, batch, sizes.anchors, 4)
+    cutoff, unsettled = empty(torch.int32, batch), empty(torch.int32, batch)
+    iou_threshold = round_down(iou_threshold)
+
+    _launch_rows(outputs, anchor_scores, counters, batch, score_threshold)
+    _launch_gathering(
+        outputs, anchors, image_sizes, weights, anchor_scores, decoded, scratch, counters, cutoff, sizes,
+        score_threshold,
+    )  # fmt: skip
+    _class_kernel[(num_foreground, batch)](
+        boxes_ptr=decoded,
+        cutoff_ptr=cutoff,
+        scratch=scratch,
+        counters=counters,
+        unsettled_ptr=unsettled,
+        output=output,
+        sizes=sizes,
+        iou_threshold=iou_threshold,
+        BLOCK=SELECT_BLOCK,
+        AT_ONCE=CANDIDATES_AT_ONCE,
+        num_warps=4,
+        **EXACT,
+    )
+    _rest_kernel[(num_foreground, batch)](
+        unsettled_ptr=unsettled,
+        logits=outputs.logits,
+        level_sizes=outputs.level_sizes,
+        anchor_scores=anchor_scores,
+        boxes_ptr=decoded,
+        scratch=scratch,
+        counters=counters,
+        output=output,
+        num_blocks=num_blocks(outputs.level_sizes, REST_ANCHORS),
+        sizes=sizes,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        HEAD=outputs.shape,
+        ANCHORS=REST_ANCHORS,
+        BLOCK=SELECT_BLOCK,
+        AT_ONCE=CANDIDATES_AT_ONCE,
+        num_warps=4,
+        **EXACT,
+    )
+    return output
+
+
+def _launch_rows(
+    outputs: HeadOutputs,
+    anchor_scores: AnchorScores,
+    counters: Counters,
+    batch: int,
+    score_threshold: float,
+) -> None:
+    block_anchors = tile_anchors(outputs.shape.classes)
+    _row_kernel[(num_blocks(outputs.level_sizes, block_anchors), batch)](
+        logits=outputs.logits,
+        level_sizes=outputs.level_sizes,
+        anchor_scores=anchor_scores,
+        counters=counters,
+        num_anchors=anchor_scores.top_ptr.shape[1],
+        score_threshold=score_threshold,
+        HEAD=outputs.shape,
+        BLOCK=block_anchors,
+        num_warps=4,
+        **EXACT,
+    )
+
+
+def _launch_gathering(
+    outputs: HeadOutputs,
+    anchors: Tensor,
+    image_sizes: Tensor,
+    weights: Sequence[float],
+    anchor_scores: AnchorScores,
+    decoded: Tensor,
+    scratch: Scratch,
+    counters: Counters,
+    cutoff: Tensor,
+    sizes: Sizes,
+    score_threshold: float,
+) -> None:
+    block_anchors = min(tile_anchors(outputs.shape.classes), GATHER_ANCHORS)
+    blocks, batch = num_blocks(outputs.level_sizes, block_anchors), len(image_sizes)
+    _gather_kernel[(min(blocks, max(1, GATHER_PROGRAMS // batch)), batch)](
+        logits=outputs.logits,
+        deltas=outputs.deltas,
+        level_sizes=outputs.level_sizes,
+        anchors_ptr=anchors.contiguous(),
+        image_sizes_ptr=image_sizes.contiguous(),
+        weights=Weights(*weights),
+        anchor_scores=anchor_scores,
+        boxes_ptr=decoded,
+        candidates_ptr=scratch.candidates_ptr,
+        listed_ptr=counters.listed_ptr,
+        cutoff_ptr=cutoff,
+        num_anchors=sizes.anchors,
+        num_blocks=blocks,
+        capacity=sizes.capacity,
+        score_threshold=score_threshold,
+        HEAD=outputs.shape,
+        BLOCK=block_anchors,
+        SELECT_BLOCK=GATHER_BLOCK,
+        num_warps=8,
+        **EXACT,
+    )

@@ -1,0 +1,44 @@
+"""Rules that every implementation of an op follows, so that eager code and kernels decide alike.
+
+Needs PyTorch alone: both `eager.py` and `triton.py` of every op import it.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000.0 / 16)  # decoding clamps dw and dh here; torchvision's BoxCoder, bbox_xform_clip
+
+# An option of every launch: eager code rounds a product before it adds to it. A fused multiply-add would not, and the
+# last bit of an IoU can decide whether a box is kept.
+EXACT = {"enable_fp_fusion": False}
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op computes on `x`: float64 stays, every other dtype becomes float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype in which an op computes on it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@functools.cache
+def round_down(threshold: float) -> float:
+    """The largest fp32 number that is not above `threshold`.
+
+    An fp32 IoU exceeds this number if and only if it exceeds the real number `threshold`.
+    """
+    # The device is named because under another default device `item` would wait for the GPU.
+    nearest = torch.tensor(threshold, dtype=torch.float32, device="cpu")
+    if nearest.item() > threshold:
+        nearest = torch.nextafter(nearest, torch.full_like(nearest, -math.inf))
+    return nearest.item()
+
+
+def sort_key(scores: Tensor) -> Tensor:
+    """`scores` widened, with -0.0 turned into 0.0: both are equal, but a radix sort would put them apart."""
+    return widen(scores) + 0.0

@@ -1,0 +1,66 @@
+"""The kernels read a head's outputs where they lie."""
+
+import pytest
+import torch
+
+from ssdcore.kernels.levels import view_as_levels
+
+head = pytest.importorskip("ssdcore.kernels.device.head")
+
+
+def outputs(memory_format: torch.memory_format) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Two levels, of 2 anchors on 3 x 4 cells and 3 anchors on one, of 5 classes."""
+    logits, deltas = (
+        [torch.randn(2, a * width, h, w).contiguous(memory_format=memory_format) for a, h, w in ((2, 3, 4), (3, 1, 1))]
+        for width in (5, 4)
+    )
+    return logits, deltas
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_are_not_copied(memory_format: torch.memory_format) -> None:
+    logits, deltas = outputs(memory_format)
+    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
+    assert bundle.shape.planes == (memory_format == torch.contiguous_format)
+    assert bundle.shape.classes == 5
+    for view, given in zip(bundle.logits.ptrs + bundle.deltas.ptrs, logits + deltas, strict=True):
+        assert view.data_ptr() == given.data_ptr()
+    assert bundle.level_sizes == ((12, 1), (2, 3))
+
+
+def test_packed_bundleare_not_copied() -> None:
+    logits, deltas = torch.randn(2, 9, 5), torch.randn(2, 9, 4)
+    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
+    assert not bundle.shape.planes
+    views = bundle.logits.ptrs + bundle.deltas.ptrs
+    assert [x.data_ptr() for x in views] == [logits.data_ptr(), deltas.data_ptr()]
+
+
+def test_a_slice_of_packed_bundleis_not_copied() -> None:
+    # The rows of an image are dense, the images are not.
+    logits, deltas = torch.randn(2, 9, 5)[:, 2:7], torch.randn(2, 9, 4)[:, 2:7]
+    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
+    views = bundle.logits.ptrs + bundle.deltas.ptrs
+    assert [x.data_ptr() for x in views] == [logits.data_ptr(), deltas.data_ptr()]
+    assert (bundle.logits.strides, bundle.deltas.strides) == ((45,), (36,))
+
+
+def test_maps_in_neither_layout_are_copied() -> None:
+    logits, _ = outputs(torch.channels_last)
+    _, deltas = outputs(torch.contiguous_format)
+    views = view_as_levels(logits, deltas)[:2]
+    bundle = head.bundle_outputs(*views)
+    assert not bundle.shape.planes
+    for read, given in zip(bundle.logits.ptrs + bundle.deltas.ptrs, [*views[0], *views[1]], strict=True):
+        assert read[0].is_contiguous()
+        assert torch.equal(read, given)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 21, 32, 33, 81, 91, 320, 1204, 5000])
+def test_a_tile_holds_all_classes_and_wastes_little(num_classes: int) -> None:
+    anchors, chunk = head.tile_anchors(num_classes), head.chunk_of(num_classes)
+    columns = -(-num_classes // chunk) * chunk
+    assert anchors >= 1 and anchors & (anchors - 1) == 0
+    assert columns < num_classes + chunk
+    assert columns <= max(32, 1.25 * num_classes + 32)
+    assert anchors == 1 or anchors * columns <= head.TILE_LOGITS
