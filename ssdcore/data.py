@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["VOC_CLASSES", "DetectionDataset", "Target", "available_splits", "open_dataset", "read_rgb"]
+from ssdcore.objects import Target
 
-Target = dict[str, Any]
+__all__ = ["VOC_CLASSES", "DetectionDataset", "Target", "available_splits", "open_dataset", "read_rgb"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

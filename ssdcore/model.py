@@ -4,7 +4,7 @@ Source: Liu et al., "SSD: Single Shot MultiBox Detector" (2016). Names of parame
 those of torchvision's `ssd300_vgg16`, so that its weights, its training scripts and torchmetrics work.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from ssdcore.anchors import SSD300_COCO, AnchorConfig, make_anchors
 from ssdcore.backbones import VGG16, Backbone, Tiny, xavier_init
 from ssdcore.kernels import Detections, match_anchors, multibox_loss, postprocess_detections
+from ssdcore.objects import DetectedObjects, Target
 
 VGG_MEAN = (0.48235, 0.45882, 0.40784)  # of RGB in 0..1: 123, 117, 104 of 255
 VGG_STD = (1 / 255, 1 / 255, 1 / 255)  # the weights of VGG-16 expect pixels in 0..255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Target = Mapping[str, Tensor]
 
 
 class Convs(nn.Module):
@@ -112,7 +111,7 @@ class SSD(nn.Module):
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    ) -> dict[str, Tensor] | list[DetectedObjects]:
         """The losses while training, the detections otherwise; see the class.
 
         Raises:
@@ -183,7 +182,7 @@ class SSD(nn.Module):
             max_detections=self.max_detections,
         )
 
-    def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+    def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[DetectedObjects]:
         """What `forward` returns; `sizes` [B, 4] w, h, w, h of the images, on the CPU."""
         boxes, scores, labels, counts = self.postprocess(cls_logits, box_deltas)  # [B, D, 4] xyxy, [B, D], [B, D], [B]
         scales = (sizes / self.anchor_config.image_size).to(boxes.device, non_blocking=True)  # [B, 4]

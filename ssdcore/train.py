@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ssdcore.data import DetectionDataset, Target
+from ssdcore.data import DetectionDataset
 from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
 from ssdcore.model import SSD
+from ssdcore.objects import Target
 from ssdcore.transforms import collate, train_transform
 from ssdcore.weights import description, save_weights, write_atomically
 

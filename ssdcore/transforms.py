@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssdcore.data import Target
+from ssdcore.objects import Target
 
 __all__ = ["collate", "eval_transform", "train_transform"]
 
