@@ -1,6 +1,6 @@
-"""A trained model on photographs: of a dataset, to score it, or from files, to look at."""
+"""Run a trained model on images: on a dataset to score the model, or on image files to look at the result."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,48 +12,60 @@ from tqdm import tqdm
 
 from ssdcore.data import DetectionDataset, read_rgb
 from ssdcore.model import SSD
+from ssdcore.objects import DetectedObjects
 from ssdcore.transforms import collate, eval_transform
 
-BATCH_SIZE = 16  # images; larger ones run no faster on a CPU, and a GPU waits for the decoding anyway
+BATCH_SIZE = 16  # images; a larger batch is no faster on a CPU, and a GPU waits for the image decoding in any case
 
 
 @torch.inference_mode()
-def detect_batch(model: SSD, images: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Detections for images that `eval_transform` resized, on the CPU and in pixels of the originals.
+def detect_batch(model: SSD, images: Tensor, sizes: Tensor) -> list[DetectedObjects]:
+    """Detect objects in a batch that `eval_transform` resized.
 
     Args:
         model: in eval mode.
-        images: float [B, 3, S, S] in 0..1.
-        sizes: [B, 2] height and width of the originals.
+        images: float [B, 3, S, S], RGB in 0..1, on any device.
+        sizes: [B, 2] height and width of the original images in pixels, on the CPU.
 
     Returns:
-        For each image `boxes` [N, 4] xyxy, `labels` and `scores` [N], best first.
+        For each image a dict of `boxes` [K, 4] xyxy in pixels of the original image, `labels` [K] and `scores` [K],
+        sorted by descending score, on the CPU.
     """
     device = model.anchors.device
-    found = model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
+    detected_in_batch = model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
     scales = sizes[:, [1, 0, 1, 0]] / model.anchor_config.image_size  # [B, 4]
     return [
-        {name: value.cpu() for name, value in one.items()} | {"boxes": one["boxes"].cpu() * scale}
-        for one, scale in zip(found, scales, strict=True)
+        {name: tensor.cpu() for name, tensor in detected.items()} | {"boxes": detected["boxes"].cpu() * scale}
+        for detected, scale in zip(detected_in_batch, scales, strict=True)
     ]
 
 
 def detect_dataset(
     model: SSD, dataset: DetectionDataset, *, workers: int = 0, quiet: bool = False
-) -> dict[int, Mapping[str, Tensor]]:
-    """Detections for every image of a dataset, by image_id, as `evaluate_detections` takes them."""
+) -> dict[int, DetectedObjects]:
+    """Detect objects in every image of a dataset.
+
+    Args:
+        model: on any device; it is switched to eval mode and left there.
+        dataset: its transform is replaced by `eval_transform` during the call and restored afterwards.
+        workers: processes that read the images; 0 reads them in this process.
+        quiet: show no progress bar.
+
+    Returns:
+        The detected objects by `image_id`, as `evaluate_detections` takes them.
+    """
     transform, dataset.transform = dataset.transform, eval_transform(model.anchor_config.image_size)
     model.eval()
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
-    detections: dict[int, Mapping[str, Tensor]] = {}
-    index = 0
-    for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
-        sizes = torch.tensor([dataset.image_size(index + i) for i in range(len(targets))])
-        index += len(targets)
-        found = detect_batch(model, images, sizes)
-        detections |= {target["image_id"]: one for target, one in zip(targets, found, strict=True)}
+    detected_by_image_id: dict[int, DetectedObjects] = {}
+    first = 0  # index of the batch's first image in the dataset
+    for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit=" batches", disable=quiet):
+        sizes = torch.tensor([dataset.image_size(first + i) for i in range(len(targets))])
+        first += len(targets)
+        for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):
+            detected_by_image_id[target["image_id"]] = detected
     dataset.transform = transform
-    return detections
+    return detected_by_image_id
 
 
 def detect_files(
@@ -62,10 +74,17 @@ def detect_files(
     on_error: Callable[[str], None],
     *,
     quiet: bool = False,
-) -> Iterator[tuple[Path, Image.Image, dict[str, Tensor]]]:
-    """Detect in photographs: yields path, upright RGB image and detections in its pixels, in the given order.
+) -> Iterator[tuple[Path, Image.Image, DetectedObjects]]:
+    """Detect objects in image files, in the given order.
 
-    A file that cannot be read is left out, and `on_error` is called with a line that names it.
+    Args:
+        model: on any device; it is switched to eval mode and left there.
+        paths: the image files. A file that cannot be read is skipped.
+        on_error: called with one line that names the file and the reason, for each skipped file.
+        quiet: show no progress bar.
+
+    Yields:
+        For each file its path, the image in RGB turned upright, and the detected objects in pixels of that image.
     """
     transform = eval_transform(model.anchor_config.image_size)
     model.eval()
@@ -81,6 +100,6 @@ def detect_files(
             if photographs:
                 images = torch.stack([transform(F.to_image(image), {})[0] for _, image in photographs])
                 sizes = torch.tensor([(image.height, image.width) for _, image in photographs])
-                found = detect_batch(model, images, sizes)
-                for (path, image), one in zip(photographs, found, strict=True):
-                    yield path, image, one
+                detected_in_batch = detect_batch(model, images, sizes)
+                for (path, image), detected in zip(photographs, detected_in_batch, strict=True):
+                    yield path, image, detected
