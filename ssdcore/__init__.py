@@ -1,11 +1,11 @@
-"""Exact, batched object-detection ops (`ssdcore.kernels`) and the thin SSD300 that shows them at work."""
+"""Exact, batched object-detection operators (`ssdcore.kernels`), and a thin SSD300 detector that uses them."""
 
 from importlib import import_module
 from importlib.metadata import version
 
 __version__ = version("ssdcore")
 
-# Resolved on first use, so that `import ssdcore` costs nothing and needs no extra.
+# Public name -> module. Modules are imported on first use, so that `import ssdcore` is fast and needs no extra.
 _LAZY = {
     "AnchorConfig": "ssdcore.anchors",
     "make_anchors": "ssdcore.anchors",

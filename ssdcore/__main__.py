@@ -1,4 +1,4 @@
-"""`python -m ssdcore`: the command line where the script is not on the path."""
+"""`python -m ssdcore` runs the command line, also where the `ssdcore` script is not on the PATH."""
 
 from ssdcore.cli import main
 
