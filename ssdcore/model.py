@@ -1,7 +1,9 @@
-"""SSD300: a backbone, two convolutions a map, and the ops of `ssdcore.kernels` on either side of training.
+"""SSD300: a backbone, a head with two convolutions per feature map, and the operators of `ssdcore.kernels`.
 
-Source: Liu et al., "SSD: Single Shot MultiBox Detector" (2016). Names of parameters, inputs and outputs are
-those of torchvision's `ssd300_vgg16`, so that its weights, its training scripts and torchmetrics work.
+The operators match anchors and compute the loss in training, and turn the head's outputs into detections otherwise.
+
+Source: Liu et al., "SSD: Single Shot MultiBox Detector" (2016). Parameters, inputs and outputs have the names that
+torchvision's `ssd300_vgg16` gives them, so that its weights, its training scripts and torchmetrics work unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +17,14 @@ from ssdcore.backbones import VGG16, Backbone, Tiny, xavier_init
 from ssdcore.kernels import Detections, match_anchors, multibox_loss, postprocess_detections
 from ssdcore.objects import DetectedObjects, Target
 
-VGG_MEAN = (0.48235, 0.45882, 0.40784)  # of RGB in 0..1: 123, 117, 104 of 255
-VGG_STD = (1 / 255, 1 / 255, 1 / 255)  # the weights of VGG-16 expect pixels in 0..255
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+VGG_MEAN = (0.48235, 0.45882, 0.40784)  # of RGB in 0..1; 123, 117, 104 in 0..255
+VGG_STD = (1 / 255, 1 / 255, 1 / 255)  # VGG-16's pretrained weights expect pixels in 0..255
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
+IMAGENET_STD = (0.229, 0.224, 0.225)  # of RGB in 0..1
 
 
 class Convs(nn.Module):
-    """One 3 x 3 convolution a map, from its features to `columns` numbers for each anchor of a cell."""
+    """One 3 x 3 convolution per feature map. It predicts `columns` numbers for each anchor of a cell."""
 
     def __init__(self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], columns: int) -> None:
         super().__init__()
@@ -37,7 +39,10 @@ class Convs(nn.Module):
 
 
 class Head(nn.Module):
-    """The predictions as the convolutions leave them: the ops read the maps in place."""
+    """The prediction layers: class logits [B, a * C, H, W] and box deltas [B, a * 4, H, W] for each feature map.
+
+    The outputs are not permuted or concatenated, because the operators of `ssdcore.kernels` read them in place.
+    """
 
     def __init__(self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -51,32 +56,38 @@ class Head(nn.Module):
 class SSD(nn.Module):
     """A single-shot detector.
 
-    `model(images, targets)` returns the losses while training, `{"classification", "bbox_regression"}`, both
-    scalars. Otherwise `model(images)` returns the detections: for each image a dict of `boxes` float32 [N, 4]
-    xyxy in pixels of that image, `labels` int64 [N] and `scores` float32 [N], best first.
+    In training mode, `model(images, targets)` returns the losses, a dict of two scalars: `classification` and
+    `bbox_regression`.
 
-    `images` is a list of float [3, H, W] of any sizes, or a batch [B, 3, H, W]; RGB in 0..1. They are
-    normalised and resized to the anchors' image size, whatever their aspect: bilinear without antialiasing,
-    as in torchvision.
+    In eval mode, `model(images)` returns the detected objects, one dict per image: `boxes` fp32 [N, 4] xyxy in pixels
+    of that image, `labels` int64 [N] and `scores` fp32 [N], sorted by descending score.
 
-    `targets` is a list with for each image a dict of `boxes` float [G, 4] xyxy in pixels of the image, and
-    `labels` int64 [G] in 1..num_classes - 1; 0 is the background. G may be 0. Their values are checked where
-    they lie on the CPU, which costs nothing. On the GPU the check would have to wait for it, so there a box
-    without area matches nothing and a label out of range gives a NaN loss.
+    `images` is a list of float tensors [3, H, W] of any sizes, or one batch [B, 3, H, W], RGB in 0..1. The model
+    normalises them and resizes them to the anchors' image size, without keeping the aspect ratio. As in torchvision,
+    the interpolation is bilinear without antialiasing.
 
-    Under bf16 autocast the convolutions run in bf16 and the ops in fp32.
+    `targets` is a list of one dict per image: `boxes` float [G, 4] xyxy in pixels of the image, and `labels` int64 [G]
+    in 1..num_classes - 1, because 0 is the background. G may be 0. The model checks the values of targets on the CPU,
+    where the check costs almost nothing. It does not check values on a GPU, because it would have to wait for the
+    GPU. There, a box without area matches no anchor, and a label out of range gives a NaN loss.
+
+    Under bf16 autocast the convolutions run in bf16 and the operators in fp32.
 
     Args:
-        name: its key in `MODELS`, from which `ssdcore.weights` builds it again.
-        backbone: from [B, 3, S, S] to the maps that `anchors` describes, with `out_channels`.
-        num_classes: with the background.
-        anchors: the default boxes.
-        image_mean, image_std: of RGB in 0..1.
+        name: the model's name in `MODELS`, from which `ssdcore.weights` builds the model again.
+        backbone: computes from [B, 3, S, S] the feature maps that `anchors` describes; has `out_channels`.
+        num_classes: number of classes including the background.
+        anchors: positions and shapes of the anchors.
+        image_mean, image_std: mean and standard deviation of RGB in 0..1, for the normalisation.
 
     Attributes:
-        score_threshold, iou_threshold, topk_candidates, max_detections: of `postprocess_detections`; may be
-            set at any time.
-        min_negatives: of `multibox_loss`; 0, as in the paper: an image without objects teaches nothing.
+        score_threshold, iou_threshold, topk_candidates, max_detections: arguments of `postprocess_detections`. They
+            may be changed at any time.
+        min_negatives: argument of `multibox_loss`. The default is 0 as in the paper, so that an image without objects
+            does not contribute to the loss.
+
+    Raises:
+        ValueError: `num_classes` is less than 2.
     """
 
     anchors: Tensor  # [A, 4] xyxy
@@ -94,7 +105,7 @@ class SSD(nn.Module):
     ) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, background and one class, got {num_classes}")
+            raise ValueError(f"num_classes must be at least 2 (the background and one class), got {num_classes}")
         self.name = name
         self.num_classes = num_classes
         self.anchor_config = anchors
@@ -112,25 +123,25 @@ class SSD(nn.Module):
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[DetectedObjects]:
-        """The losses while training, the detections otherwise; see the class.
+        """Return the losses in training mode and the detected objects in eval mode, as the class docstring describes.
 
         Raises:
-            ValueError: images or targets of another shape, dtype or number; on the CPU also a label out of
-                range or a box without area, naming the image's index.
+            ValueError: the shape, dtype or number of images or targets is wrong; or a target on the CPU has a label
+                out of range or a box without area. The message names the index of the image.
         """
         _check_images(images)
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
-        sizes = sizes[:, [1, 0, 1, 0]]  # [B, 4] w, h, w, h: on the CPU, since shapes need no GPU
+        sizes = sizes[:, [1, 0, 1, 0]]  # [B, 4] w, h, w, h; on the CPU, because shapes are known there
         batch = self.resize(images)  # [B, 3, S, S]
         if self.training:
             if targets is None:
-                raise ValueError("targets must be given while training, got None")
+                raise ValueError("targets must be given in training mode, got None")
             _check_targets(targets, len(batch), self.num_classes)
             return self.loss(*self.predict(batch), targets, sizes)
         return self.detections(*self.predict(batch), sizes)
 
     def resize(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Normalise, then resize: [B, 3, S, S]."""
+        """Normalise the images and then resize them to [B, 3, S, S], where S is the anchors' image size."""
         if not isinstance(images, Tensor):
             return torch.cat([self.resize(image[None]) for image in images])
         images = (images - self.image_mean) / self.image_std
@@ -138,18 +149,27 @@ class SSD(nn.Module):
         return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear")
 
     def predict(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Class logits [B, a * C, H, W] and box deltas [B, a * 4, H, W], one of each for every map."""
+        """Return class logits [B, a * C, H, W] and box deltas [B, a * 4, H, W], one of each per feature map."""
         return self.head(self.backbone(batch))
 
     def loss(
         self, cls_logits: list[Tensor], box_deltas: list[Tensor], targets: Sequence[Target], sizes: Tensor
     ) -> dict[str, Tensor]:
-        """The losses; `sizes` [B, 4] w, h, w, h of the images that `targets` belong to, on the CPU."""
+        """Match the anchors with the targets and compute the losses.
+
+        Args:
+            cls_logits, box_deltas: from `predict`.
+            targets: one per image, in pixels of the original image.
+            sizes: [B, 4] w, h, w, h of the original images in pixels, on the CPU.
+
+        Returns:
+            The fp32 scalars `classification` and `bbox_regression`.
+        """
         device = self.anchors.device
         counts = torch.tensor([len(target["labels"]) for target in targets])  # [B]
         gt_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device, non_blocking=True)  # [B + 1]
         scales = (self.anchor_config.image_size / sizes).repeat_interleave(counts, dim=0)  # [T, 4]
-        # fp32: boxes that come from NumPy are often fp64.
+        # Converted to fp32, because boxes that come from NumPy are often fp64.
         gt_boxes = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32, non_blocking=True)
         gt_boxes = gt_boxes * scales.to(device, non_blocking=True)  # [T, 4] xyxy, in the anchors' frame
         gt_labels = torch.cat([target["labels"] for target in targets]).to(device, non_blocking=True)  # [T]
@@ -166,10 +186,10 @@ class SSD(nn.Module):
         )._asdict()
 
     def postprocess(self, cls_logits: list[Tensor], box_deltas: list[Tensor]) -> Detections:
-        """The detections of a batch in the anchors' frame, of fixed shapes.
+        """Return the detections of a batch in pixels of the resized image, with fixed shapes.
 
-        Nothing in `postprocess(*predict(batch))` waits for the GPU: it can be captured in a CUDA graph, and compiles
-        as one graph.
+        Nothing in `postprocess(*predict(batch))` waits for the GPU, so it can be captured in a CUDA graph and
+        `torch.compile` compiles it as one graph.
         """
         return postprocess_detections(
             cls_logits,
@@ -183,13 +203,18 @@ class SSD(nn.Module):
         )
 
     def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[DetectedObjects]:
-        """What `forward` returns; `sizes` [B, 4] w, h, w, h of the images, on the CPU."""
+        """Return the detected objects of each image in pixels of the original image.
+
+        Args:
+            cls_logits, box_deltas: from `predict`.
+            sizes: [B, 4] w, h, w, h of the original images in pixels, on the CPU.
+        """
         boxes, scores, labels, counts = self.postprocess(cls_logits, box_deltas)  # [B, D, 4] xyxy, [B, D], [B, D], [B]
         scales = (sizes / self.anchor_config.image_size).to(boxes.device, non_blocking=True)  # [B, 4]
         boxes = boxes * scales[:, None]
         return [
             {"boxes": boxes[b, :count], "labels": labels[b, :count], "scores": scores[b, :count]}
-            for b, count in enumerate(counts.tolist())  # the one wait for the GPU
+            for b, count in enumerate(counts.tolist())  # the only wait for the GPU
         ]
 
 
@@ -201,14 +226,15 @@ def ssd300_vgg16(
     image_mean: Sequence[float] = VGG_MEAN,
     image_std: Sequence[float] = VGG_STD,
 ) -> SSD:
-    """torchvision's `ssd300_vgg16`: same parameters, same names, same answers.
+    """Build SSD300 on VGG-16, with the parameters, parameter names and outputs of torchvision's `ssd300_vgg16`.
 
     Args:
-        num_classes: with the background.
-        weights_backbone: None, or torchvision's weights for VGG-16 or their name: "IMAGENET1K_FEATURES".
-        anchors: the default boxes.
-        image_mean, image_std: of RGB in 0..1. VGG's own keep pixels at 0..255. To train from scratch give
-            `IMAGENET_STD`: without batch normalisation nothing else brings the features down to unit size.
+        num_classes: number of classes including the background.
+        weights_backbone: None, or torchvision's weights for VGG-16, or their name, such as "IMAGENET1K_FEATURES".
+        anchors: positions and shapes of the anchors.
+        image_mean, image_std: mean and standard deviation of RGB in 0..1. The defaults scale pixels to 0..255, as
+            pretrained weights expect. To train from scratch, pass `IMAGENET_STD`: without batch normalisation, nothing
+            else brings the features to unit scale.
     """
     return SSD("ssd300_vgg16", VGG16(weights_backbone), num_classes, anchors, image_mean, image_std)
 
@@ -220,7 +246,11 @@ def ssd300_tiny(
     image_mean: Sequence[float] = IMAGENET_MEAN,
     image_std: Sequence[float] = IMAGENET_STD,
 ) -> SSD:
-    """SSD300 on a backbone that two CPU cores train in minutes; the same maps, anchors and head."""
+    """Build SSD300 on a backbone that two CPU cores can train in minutes.
+
+    The grid sizes of the feature maps, the anchors and the structure of the head are those of `ssd300_vgg16`. The
+    arguments have the meaning they have there.
+    """
     return SSD("ssd300_tiny", Tiny(), num_classes, anchors, image_mean, image_std)
 
 
@@ -231,7 +261,7 @@ def _check_images(images: Tensor | Sequence[Tensor]) -> None:
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be a list of [3, H, W] or a batch [B, 3, H, W], got {list(images.shape)}")
     if len(images) == 0:
-        raise ValueError("images must hold at least one image, got none")
+        raise ValueError("images must contain at least one image, got 0")
     for i, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{i}] must have shape [3, H, W], got {list(image.shape)}")
@@ -241,24 +271,23 @@ def _check_images(images: Tensor | Sequence[Tensor]) -> None:
 
 def _check_targets(targets: Sequence[Target], num_images: int, num_classes: int) -> None:
     if len(targets) != num_images:
-        raise ValueError(f"targets must be one for each of {num_images} images, got {len(targets)}")
+        raise ValueError(f"targets must have {num_images} entries, one per image, got {len(targets)}")
     for i, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
             raise ValueError(f'targets[{i}]["boxes"] must be float [G, 4], got {boxes.dtype} {list(boxes.shape)}')
         if labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(
-                f'targets[{i}]["labels"] must be int64 [{len(boxes)}], one for each box, '
+                f'targets[{i}]["labels"] must be int64 [{len(boxes)}], one per box, '
                 f"got {labels.dtype} {list(labels.shape)}"
             )
         if boxes.device.type == "cpu":
             sizes = boxes[:, 2:] - boxes[:, :2]
-            bad = ~((sizes > 0) & sizes.isfinite()).all(dim=1)
-            if bad.any():
-                raise ValueError(
-                    f'targets[{i}]["boxes"] must have a positive, finite width and height, got {boxes[bad][0].tolist()}'
-                )
+            invalid = ~((sizes > 0) & sizes.isfinite()).all(dim=1)
+            if invalid.any():
+                example = boxes[invalid][0].tolist()
+                raise ValueError(f'targets[{i}]["boxes"] must have positive, finite sizes, got {example}')
         if labels.device.type == "cpu" and not ((labels > 0) & (labels < num_classes)).all():
             raise ValueError(
-                f'targets[{i}]["labels"] must be in 1..{num_classes - 1}, 0 being the background, got {labels.tolist()}'
+                f'targets[{i}]["labels"] must be in 1..{num_classes - 1} (0 is the background), got {labels.tolist()}'
             )

@@ -1,4 +1,7 @@
-"""One file for a trained model: its tensors, and in the header all that is needed to build it again."""
+"""Save a trained model to one safetensors file, and build the model again from that file alone.
+
+The file's tensors are the weights. The file's header holds everything else that is needed, as JSON.
+"""
 
 import json
 import os
@@ -15,8 +18,11 @@ from ssdcore.model import MODELS, SSD
 
 
 def description(model: SSD, classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
-    """All that is needed, besides the tensors, to build `model` again; as JSON holds it."""
-    about = {
+    """Return everything besides the tensors that is needed to build `model` again.
+
+    The value has passed through JSON (tuples are lists), so that it equals what is read back from a file.
+    """
+    header = {
         "model": model.name,
         "classes": classes,
         "category_ids": category_ids,
@@ -24,23 +30,23 @@ def description(model: SSD, classes: Sequence[str], category_ids: Sequence[int])
         "image_mean": model.image_mean.flatten().tolist(),
         "image_std": model.image_std.flatten().tolist(),
     }
-    built: dict[str, Any] = json.loads(json.dumps(about))
-    return built
+    as_read_back: dict[str, Any] = json.loads(json.dumps(header))
+    return as_read_back
 
 
 def save_weights(
     model: SSD, path: str | Path, classes: Sequence[str], category_ids: Sequence[int] | None = None
 ) -> None:
-    """Write `model` and the names of its classes to one safetensors file, whole or not at all.
+    """Write `model` and the names of its classes to one safetensors file, as a whole or not at all.
 
     Args:
         model: any of `MODELS`, on any device.
         path: the file; its folder must exist.
         classes: `num_classes - 1` names; label i + 1 is `classes[i]`.
-        category_ids: as many numbers that the classes bear in the data set; by default the labels, from 1.
+        category_ids: the dataset's id of each class. By default the labels 1, 2, ...
 
     Raises:
-        ValueError: another number of names or ids.
+        ValueError: `classes` or `category_ids` has the wrong number of entries.
     """
     from safetensors.torch import save
 
@@ -49,83 +55,92 @@ def save_weights(
     if category_ids is None:
         category_ids = range(1, len(classes) + 1)
     if len(category_ids) != len(classes):
-        raise ValueError(f"category_ids must be one for each of {len(classes)} classes, got {len(category_ids)}")
-    about = description(model, list(classes), list(category_ids))
+        raise ValueError(f"category_ids must have {len(classes)} entries, one per class, got {len(category_ids)}")
+    header = description(model, list(classes), list(category_ids))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={"ssdcore": json.dumps(about)}))
+    write_atomically(path, save(tensors, metadata={"ssdcore": json.dumps(header)}))
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SSD, tuple[str, ...]]:
-    """The model that `save_weights` wrote, ready to detect, and the names of its classes.
+    """Build the model that `save_weights` wrote.
+
+    Args:
+        path: the file.
+        device: where the model is placed.
+
+    Returns:
+        The model in eval mode, and the names of its classes; label i + 1 is the name at index i.
 
     Raises:
-        ValueError: no such file, or one that `save_weights` did not write.
+        ValueError: the file does not exist, or `save_weights` did not write it.
     """
-    about, tensors = _read(path)
-    model = _build(about, len(about["classes"]) + 1)
+    header, tensors = _read(path)
+    model = _build(header, len(header["classes"]) + 1)
     model.load_state_dict(tensors)
-    return model.eval().to(device), tuple(about["classes"])
+    return model.eval().to(device), tuple(header["classes"])
 
 
 def category_ids(path: str | Path) -> tuple[int, ...]:
-    """The numbers that the classes of `load_model` bear in the data set it was trained on."""
-    about, _ = _read(path)
-    return tuple(about["category_ids"])
+    """Return the id of each class of `load_model(path)` in the dataset that the model was trained on."""
+    header, _ = _read(path)
+    return tuple(header["category_ids"])
 
 
 def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]]:
-    """A model for other classes that starts from the weights in `path`.
+    """Build a model for `classes` that starts training from the weights in `path`.
 
-    Unless the classes are the same, the head that tells them apart starts afresh.
+    If `classes` equals the classes in the file, all weights are loaded. Otherwise the classification head keeps its
+    random initial weights, even if the number of classes is the same, because its weights distinguish other classes.
 
     Returns:
-        the model, and the names of the tensors that start afresh.
+        The model, and the names of the tensors that keep their initial values.
 
     Raises:
-        ValueError: as `load_model`.
+        ValueError: the file does not exist, or `save_weights` did not write it.
     """
-    about, tensors = _read(path)
-    model = _build(about, len(classes) + 1)
-    own = model.state_dict()
-    same = about["classes"] == list(classes)
-    fresh = [] if same else [name for name in own if name.startswith("head.classification_head.")]
-    model.load_state_dict(tensors | {name: own[name] for name in fresh})
-    return model, fresh
+    header, tensors = _read(path)
+    model = _build(header, len(classes) + 1)
+    initial = model.state_dict()
+    same_classes = header["classes"] == list(classes)
+    not_loaded = [] if same_classes else [name for name in initial if name.startswith("head.classification_head.")]
+    model.load_state_dict(tensors | {name: initial[name] for name in not_loaded})
+    return model, not_loaded
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: an interruption leaves the old one."""
+    """Write a file as a whole or not at all: an interruption leaves the old file in place."""
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file that `save_weights` wrote."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise ValueError(f"no weights at {path}")
+        raise ValueError(f"no weights at {path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("ssdcore", "null"))
+            header = json.loads((file.metadata() or {}).get("ssdcore", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if about is None:
-        raise ValueError(f"{path} was not written by ssdcore: its header does not say which model it is")
-    return about, tensors
+    if header is None:
+        raise ValueError(f"{path} was not written by ssdcore: its header does not describe a model")
+    return header, tensors
 
 
-def _build(about: dict[str, Any], num_classes: int) -> SSD:
-    anchors = {key: _tuples(value) for key, value in about["anchors"].items()}
-    return MODELS[about["model"]](
+def _build(header: dict[str, Any], num_classes: int) -> SSD:
+    anchors = {name: _tuples(value) for name, value in header["anchors"].items()}
+    return MODELS[header["model"]](
         num_classes,
         anchors=AnchorConfig(**anchors),
-        image_mean=about["image_mean"],
-        image_std=about["image_std"],
+        image_mean=header["image_mean"],
+        image_std=header["image_std"],
     )
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """Turn lists into tuples at every depth, because JSON has no tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The detector: torchvision's `ssd300_vgg16` number for number, and its own promises."""
+"""The model gives the numbers of torchvision's `ssd300_vgg16`, and keeps the promises of its docstrings."""
 
 import json
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ TARGETS = [
 
 
 def images(seed: int = 0) -> list[Tensor]:
-    """Three of different sizes, one of them the model's own."""
+    """Three images of different sizes; one has the size that the model resizes to."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(3, h, w, generator=generator) for h, w in ((200, 310), (300, 300), (333, 280))]
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Any, SSD]]:
-    """torchvision's model with random weights, and ours with the same ones."""
+    """torchvision's model and this project's model with the same random weights."""
     torch.manual_seed(0)
     theirs = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
     with torch.no_grad():
-        # Random weights on pixels of 0..255 give logits in the hundreds: scores of 1, all tied.
+        # Random weights on pixels in 0..255 give logits in the hundreds, so that all scores would be 1 and tie.
         for conv in theirs.head.classification_head.module_list:
             conv.weight.mul_(0.01)
         for conv in theirs.head.regression_head.module_list:
@@ -50,7 +50,7 @@ def pair() -> Iterator[tuple[Any, SSD]]:
 
 
 @torch.no_grad()
-def test_vgg_head_outputs_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+def test_vgg_head_outputs_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
     theirs, ours = pair
     batch = ours.resize(images())
     expected_batch = theirs.transform(images())[0].tensors
@@ -65,16 +65,16 @@ def test_vgg_head_outputs_are_torchvisions(pair: tuple[Any, SSD]) -> None:
 
 
 @torch.no_grad()
-def test_vgg_detections_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+def test_vgg_detected_objects_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
     theirs, ours = pair
     for expected, got in zip(theirs(images(1)), ours(images(1)), strict=True):
-        assert len(got["scores"]) > 50  # of random weights; else this would compare nothing
+        assert len(got["scores"]) > 50  # otherwise this test would compare almost nothing
         assert got["labels"].tolist() == expected["labels"].tolist()
         torch.testing.assert_close(got["scores"], expected["scores"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got["boxes"], expected["boxes"], rtol=1e-5, atol=1e-3)
 
 
-def test_vgg_losses_and_gradients_are_torchvisions(pair: tuple[Any, SSD]) -> None:
+def test_vgg_losses_and_gradients_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
     gradients = []
     try:
         for model in pair:
@@ -91,7 +91,7 @@ def test_vgg_losses_and_gradients_are_torchvisions(pair: tuple[Any, SSD]) -> Non
         torch.testing.assert_close(got_gradients[name], expected_gradients[name], rtol=1e-3, atol=1e-5)
 
 
-def test_pretrained_backbone_is_torchvisions_with_conv1_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_backbone_has_torchvisions_weights_and_a_frozen_conv1(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models import VGG16_Weights, vgg16
 
     pretrained = vgg16().state_dict()
@@ -104,14 +104,14 @@ def test_pretrained_backbone_is_torchvisions_with_conv1_frozen(monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_vgg_from_scratch_keeps_features_at_unit_size() -> None:
+def test_vgg_from_scratch_keeps_features_at_unit_scale() -> None:
     torch.manual_seed(0)
     model = ssd300_vgg16(2).eval()
-    for x in model.backbone(torch.randn(1, 3, 300, 300))[1:]:  # the first is normalised
-        assert 0.2 < x.std() < 5  # Xavier on torchvision's own leaves 0.03 of the second, 0.002 of the last
+    for x in model.backbone(torch.randn(1, 3, 300, 300))[1:]:  # the first map is normalised
+        assert 0.2 < x.std() < 5  # with torchvision's initialisation: 0.03 for the second map, 0.002 for the last
 
 
-def test_tiny_has_the_six_maps_of_ssd300() -> None:
+def test_tiny_has_the_six_feature_maps_of_ssd300() -> None:
     model = ssd300_tiny(3).eval()
     cls_logits, box_deltas = model.predict(torch.zeros(1, 3, 300, 300))
     assert [m.shape[-1] for m in cls_logits] == [38, 19, 10, 5, 3, 1]
@@ -119,10 +119,10 @@ def test_tiny_has_the_six_maps_of_ssd300() -> None:
     assert sum(m[0].numel() for m in cls_logits) == 8732 * 3
 
 
-def test_losses_train_every_parameter_of_tiny() -> None:
+def test_losses_give_every_parameter_of_tiny_a_gradient() -> None:
     torch.manual_seed(0)
     model = ssd300_tiny(NUM_CLASSES)
-    sides = torch.tensor([20.0, 45, 100, 150, 210, 290])  # one object for each map
+    sides = torch.tensor([20.0, 45, 100, 150, 210, 290])  # one object for each feature map
     target = {
         "boxes": torch.cat([torch.full((6, 2), 5.0), 5 + sides[:, None].expand(-1, 2)], dim=1),
         "labels": torch.tensor([1, 2, 3, 4, 1, 2]),
@@ -130,10 +130,10 @@ def test_losses_train_every_parameter_of_tiny() -> None:
     losses = model(torch.rand(2, 3, 300, 300), [target, target])
     assert set(losses) == {"classification", "bbox_regression"}
     sum(losses.values()).backward()
-    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_a_batch_is_a_list_of_images_of_one_size() -> None:
+def test_a_batch_gives_the_same_result_as_a_list_of_its_images() -> None:
     torch.manual_seed(0)
     model = ssd300_tiny(NUM_CLASSES).eval()
     batch = torch.rand(2, 3, 300, 300)
@@ -143,15 +143,15 @@ def test_a_batch_is_a_list_of_images_of_one_size() -> None:
             torch.testing.assert_close(from_batch["boxes"], from_list["boxes"])
 
 
-def test_boxes_scale_with_their_image() -> None:
-    """An image drawn twice as wide has the same loss with boxes twice as wide, and boxes twice as wide found."""
+def test_boxes_are_in_pixels_of_the_original_image() -> None:
+    """If an image and its annotated box become twice as wide, the loss stays the same."""
     torch.manual_seed(0)
     model = ssd300_tiny(NUM_CLASSES)
     small = torch.rand(3, 1, 150).expand(3, 300, 150).contiguous()
     model.eval()
     with torch.no_grad():
-        found = model([small])[0]
-    assert len(found["boxes"]) and found["boxes"][:, 0::2].max() <= 150 < found["boxes"][:, 1::2].max() <= 300
+        boxes = model([small])[0]["boxes"]
+    assert len(boxes) and boxes[:, 0::2].max() <= 150 < boxes[:, 1::2].max() <= 300
 
     wide = small.repeat_interleave(2, dim=2)
     boxes = torch.tensor([[30.0, 20, 60, 120]])
@@ -163,7 +163,7 @@ def test_boxes_scale_with_their_image() -> None:
     torch.testing.assert_close(narrow_loss, wide_loss, rtol=0.05, atol=0)
 
 
-def test_images_without_objects_have_a_finite_loss() -> None:
+def test_images_without_objects_have_zero_loss() -> None:
     model = ssd300_tiny(NUM_CLASSES)
     losses = model(torch.rand(1, 3, 300, 300), TARGETS[1:2])
     assert losses["classification"].item() == 0 and losses["bbox_regression"].item() == 0
@@ -179,11 +179,12 @@ def test_inference_compiles_as_one_graph() -> None:
 
     expected = infer(batch)
     assert expected.num_detections.min() > 0
-    for found, wanted in zip(torch.compile(infer, fullgraph=True, backend="aot_eager")(batch), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    compiled = torch.compile(infer, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(batch), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
-def test_ops_read_bf16_maps() -> None:
+def test_loss_accepts_bf16_feature_maps() -> None:
     torch.manual_seed(0)
     model = ssd300_tiny(NUM_CLASSES)
     batch = torch.rand(3, 3, 300, 300)
@@ -195,33 +196,33 @@ def test_ops_read_bf16_maps() -> None:
         torch.testing.assert_close(loss, full[name], rtol=0.05, atol=0)
 
 
-def bad_target(**changes: Tensor) -> list[dict[str, Tensor]]:
+def malformed_target(**changes: Tensor) -> list[dict[str, Tensor]]:
     return [TARGETS[0], TARGETS[1], {**TARGETS[2], **changes}]
 
 
 @pytest.mark.parametrize(
     ("given", "targets", "message"),
     [
-        (images(), TARGETS[:2], r"targets must be one for each of 3 images, got 2"),
+        (images(), TARGETS[:2], r"targets must have 3 entries, one per image, got 2"),
         (images(), None, r"targets must be given"),
-        ([], [], r"images must hold at least one"),
+        ([], [], r"images must contain at least one"),
         (torch.rand(3, 300, 300), TARGETS, r"images must be a list .* got \[3, 300, 300\]"),
         ([torch.rand(1, 20, 20)], TARGETS[:1], r"images\[0\] must have shape \[3, H, W\], got \[1, 20, 20\]"),
         ([torch.zeros(3, 20, 20, dtype=torch.uint8)], TARGETS[:1], r"images\[0\] must be float .* torch.uint8"),
-        (images(), bad_target(boxes=torch.rand(1, 5)), r'targets\[2\]\["boxes"\] must be float \[G, 4\]'),
-        (images(), bad_target(boxes=torch.tensor([[5.0, 5, 5, 9]])), r"targets\[2\].*positive.*\[5.0, 5.0, 5.0"),
-        (images(), bad_target(boxes=torch.full((1, 4), torch.nan)), r"targets\[2\].*positive, finite"),
-        (images(), bad_target(labels=torch.tensor([1, 2])), r'targets\[2\]\["labels"\] must be int64 \[1\]'),
-        (images(), bad_target(labels=torch.tensor([0])), r"targets\[2\].* in 1..4, 0 being the background"),
-        (images(), bad_target(labels=torch.tensor([NUM_CLASSES])), r"targets\[2\].* in 1..4, .* got \[5\]"),
+        (images(), malformed_target(boxes=torch.rand(1, 5)), r'targets\[2\]\["boxes"\] must be float \[G, 4\]'),
+        (images(), malformed_target(boxes=torch.tensor([[5.0, 5, 5, 9]])), r"targets\[2\].*positive.*\[5.0, 5.0, 5.0"),
+        (images(), malformed_target(boxes=torch.full((1, 4), torch.nan)), r"targets\[2\].*positive, finite"),
+        (images(), malformed_target(labels=torch.tensor([1, 2])), r'targets\[2\]\["labels"\] must be int64 \[1\]'),
+        (images(), malformed_target(labels=torch.tensor([0])), r"targets\[2\].* in 1..4 \(0 is the background\)"),
+        (images(), malformed_target(labels=torch.tensor([NUM_CLASSES])), r"targets\[2\].* in 1..4 .* got \[5\]"),
     ],
 )
-def test_malformed_input_is_named(given: Any, targets: Any, message: str) -> None:
+def test_malformed_input_raises_an_error_that_names_it(given: Any, targets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ssd300_tiny(NUM_CLASSES)(given, targets)
 
 
-def test_weights_hold_all_that_builds_the_model_again(tmp_path: Path) -> None:
+def test_saved_weights_are_enough_to_build_the_model_again(tmp_path: Path) -> None:
     from ssdcore.weights import load_model, save_weights
 
     torch.manual_seed(0)
@@ -237,7 +238,7 @@ def test_weights_hold_all_that_builds_the_model_again(tmp_path: Path) -> None:
                 torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
-def test_weights_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssdcore.weights import load_model, save_weights
 
     path = tmp_path / "model.safetensors"
@@ -253,24 +254,24 @@ def test_weights_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert load_model(path)[1] == ("old",)
 
 
-def test_fine_tuning_keeps_all_but_the_classes(tmp_path: Path) -> None:
+def test_fine_tuning_loads_all_weights_but_the_classification_head(tmp_path: Path) -> None:
     from ssdcore.weights import fine_tuned, save_weights
 
     model = ssd300_tiny(4, image_mean=(0.1, 0.2, 0.3))
     save_weights(model, tmp_path / "model.safetensors", ["a", "b", "c"])
-    other, fresh = fine_tuned(tmp_path / "model.safetensors", ["c", "d"])
-    assert fresh and all(name.startswith("head.classification_head.") for name in fresh)
+    other, not_loaded = fine_tuned(tmp_path / "model.safetensors", ["c", "d"])
+    assert not_loaded and all(name.startswith("head.classification_head.") for name in not_loaded)
     torch.testing.assert_close(other.image_mean, model.image_mean)
-    own = model.state_dict()
+    saved = model.state_dict()
     for name, tensor in other.state_dict().items():
-        if name not in fresh:
-            torch.testing.assert_close(tensor, own[name], rtol=0, atol=0)
+        if name not in not_loaded:
+            torch.testing.assert_close(tensor, saved[name], rtol=0, atol=0)
     assert fine_tuned(tmp_path / "model.safetensors", ["a", "b", "c"])[1] == []
-    # As many classes, but others: what told a from b would be no start.
-    assert fine_tuned(tmp_path / "model.safetensors", ["a", "b", "d"])[1] == fresh
+    # The same number of classes, but other names: weights that distinguish other classes are not loaded.
+    assert fine_tuned(tmp_path / "model.safetensors", ["a", "b", "d"])[1] == not_loaded
 
 
-def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
+def test_files_without_weights_raise_an_error_that_names_them(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from ssdcore.weights import load_model, save_weights
