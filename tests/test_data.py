@@ -1,4 +1,4 @@
-"""Pascal VOC and COCO folders: what is read, what is refused, what is reported."""
+"""Reading Pascal VOC and COCO folders: correct values, errors for unusable files, reports of unusable boxes."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def write_voc(root: Path, splits: Mapping[str, Mapping[str, Sequence[Object]]], 
 
 
 def coco_content(**changes: Any) -> dict[str, Any]:
-    """Two images, the second empty; category ids with a hole, out of order."""
+    """Two images, the second without objects. The category ids are not consecutive and not sorted."""
     return {
         "images": [
             {"id": 139, "file_name": "a.jpg", "width": WIDTH, "height": HEIGHT},
@@ -70,7 +70,7 @@ def write_coco(root: Path, content: Any, images: str = "train", source: str | No
     return root
 
 
-def test_voc(tmp_path: Path) -> None:
+def test_voc_annotations_are_read_as_they_are(tmp_path: Path) -> None:
     root = write_voc(
         tmp_path,
         {"train": {"000005": [("dog", (1, 2, 11, 22)), ("cat", (3, 3, 9, 9))]}, "val": {"x": []}},
@@ -85,7 +85,7 @@ def test_voc(tmp_path: Path) -> None:
     assert image.dtype == torch.uint8 and image.shape == (3, HEIGHT, WIDTH)
     assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
     assert target["boxes"].canvas_size == (HEIGHT, WIDTH)
-    assert target["boxes"].tolist() == [[1, 2, 11, 22], [3, 3, 9, 9]]  # as written: nothing subtracted
+    assert target["boxes"].tolist() == [[1, 2, 11, 22], [3, 3, 9, 9]]  # nothing is subtracted
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].tolist() == [VOC_CLASSES.index("dog") + 1, VOC_CLASSES.index("cat") + 1]
     assert target["ignore"].tolist() == [True, True]
@@ -94,14 +94,14 @@ def test_voc(tmp_path: Path) -> None:
     assert dataset.image_path(0) == root / "JPEGImages/000005.jpg"
 
 
-def test_voc_splits_agree_on_classes(tmp_path: Path) -> None:
+def test_voc_splits_have_the_same_classes(tmp_path: Path) -> None:
     splits = {"train": {"a": [("worm", (1, 1, 5, 5))]}, "val": {"b": [("bee", (1, 1, 5, 5))]}}
     root = write_voc(tmp_path, splits)
     assert open_dataset(root, "train").classes == open_dataset(root, "val").classes == ("bee", "worm")
 
 
 @pytest.mark.parametrize("inside", ["VOC2007", "VOCdevkit/VOC2007"])
-def test_voc_folder_inside_root(tmp_path: Path, inside: str) -> None:
+def test_voc_folder_may_be_inside_root_but_must_be_unique(tmp_path: Path, inside: str) -> None:
     write_voc(tmp_path / inside, {"test": {"a": []}})
     assert open_dataset(tmp_path, "test").image_path(0).is_file()
     write_voc(tmp_path / "VOC2012", {"test": {"a": []}})
@@ -109,47 +109,47 @@ def test_voc_folder_inside_root(tmp_path: Path, inside: str) -> None:
         open_dataset(tmp_path, "test")
 
 
-def test_voc_classification_lists_are_no_splits(tmp_path: Path) -> None:
+def test_voc_lists_of_image_labels_are_not_splits(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     (root / "ImageSets/Main/cat_train.txt").write_text("a -1\nb  1\n")
     assert available_splits(root) == ["train"]
 
 
-def test_voc_image_names_that_end_in_a_number(tmp_path: Path) -> None:
+def test_voc_image_names_may_end_in_a_number(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"img 0": [], "img 1": []}, "val": {"img": [], "b -1": []}})
     (root / "ImageSets/Main/cat_val.txt").write_text("img  1\nb -1 -1\n\n")
     assert available_splits(root) == ["train", "val"]
     assert len(open_dataset(root, "train")) == len(open_dataset(root, "val")) == 2
 
 
-def test_voc_asked_classes(tmp_path: Path) -> None:
+def test_voc_labels_follow_the_given_classes(tmp_path: Path) -> None:
     objects: list[Object] = [("dog", (1, 1, 5, 5)), ("cat", (2, 2, 6, 6))]
     root = write_voc(tmp_path, {"train": {"a": objects}, "val": {"b": objects[1:]}})
     dataset = open_dataset(root, "train", classes=["dog", "bird", "cat"])
     assert dataset.classes == ("dog", "bird", "cat") and dataset.category_ids == (1, 2, 3)
     assert dataset.target(0)["labels"].tolist() == [1, 3]
-    with pytest.raises(ValueError, match=r"train\.txt has .* not in classes, dog \(1 objects\): it is bird, cat"):
+    with pytest.raises(ValueError, match=r"must include .*train\.txt.*; missing: dog \(1 objects\); got bird, cat"):
         open_dataset(root, "train", classes=["bird", "cat"])
     assert open_dataset(root, "val", classes=["bird", "cat"]).target(0)["labels"].tolist() == [2]
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="duplicates"):
         open_dataset(root, "train", classes=["cat", "cat"])
 
 
-def test_coco_asked_classes(tmp_path: Path) -> None:
+def test_coco_labels_follow_the_given_classes(tmp_path: Path) -> None:
     categories = [*coco_content()["categories"], {"id": 90, "name": "unused"}]
     root = write_coco(tmp_path, coco_content(categories=categories))
     dataset = open_dataset(root, "train", classes=["dog", "car"])
     assert dataset.category_ids == (18, 3) and dataset.target(0)["labels"].tolist() == [1, 2]
     dataset = open_dataset(root, "train", classes=["cow", "dog", "hen", "car"])
     assert dataset.classes == ("cow", "dog", "hen", "car")
-    assert dataset.category_ids == (91, 18, 92, 3)  # no id of the file, not even an unused one, is given anew
+    assert dataset.category_ids == (91, 18, 92, 3)  # classes that the file lacks get ids after 90
     assert dataset.target(0)["labels"].tolist() == [2, 4]
     assert dataset.problems == []
-    with pytest.raises(ValueError, match=r"train\.json has .* not in classes, car \(1 objects\): it is dog, cow"):
+    with pytest.raises(ValueError, match=r"must include .*train\.json.*; missing: car \(1 objects\); got dog, cow"):
         open_dataset(root, "train", classes=["dog", "cow"])
 
 
-def test_coco_categories_of_one_name(tmp_path: Path) -> None:
+def test_coco_categories_with_the_same_name_count_as_one_class(tmp_path: Path) -> None:
     categories = [{"id": i, "name": name} for i, name in enumerate(("cell", "dot", "cell"))]
     annotation = {"image_id": 139, "bbox": [1, 2, 3, 4]}
 
@@ -172,7 +172,7 @@ def test_coco_categories_of_one_name(tmp_path: Path) -> None:
     assert {dataset.category_ids for dataset in datasets} == {(0, 1)}
 
     write("train", [1])
-    assert open_dataset(tmp_path, "test").category_ids == (1, 2)  # neither is used: the last
+    assert open_dataset(tmp_path, "test").category_ids == (1, 2)  # neither has objects, so the last is used
 
     write("train", [0])
     write("valid", [2])
@@ -180,7 +180,7 @@ def test_coco_categories_of_one_name(tmp_path: Path) -> None:
         open_dataset(tmp_path, "test")
 
 
-def test_coco_absolute_file_name(tmp_path: Path) -> None:
+def test_coco_file_name_may_be_an_absolute_path(tmp_path: Path) -> None:
     outside = tmp_path / "elsewhere/a.jpg"
     write_image(outside)
     images = [{"id": 139, "file_name": str(outside), "width": HEIGHT, "height": WIDTH}]
@@ -190,7 +190,7 @@ def test_coco_absolute_file_name(tmp_path: Path) -> None:
         dataset[0]
 
 
-def test_coco(tmp_path: Path) -> None:
+def test_coco_annotations_are_read_as_they_are(tmp_path: Path) -> None:
     dataset = open_dataset(write_coco(tmp_path, coco_content()), "train")
     assert dataset.classes == ("car", "dog") and dataset.category_ids == (3, 18)
     assert dataset.image_ids.tolist() == [139, 7]
@@ -214,28 +214,28 @@ def test_coco(tmp_path: Path) -> None:
         ("train", "train/_annotations.coco.json"),
     ],
 )
-def test_coco_image_folders(tmp_path: Path, images: str, source: str | None) -> None:
+def test_coco_images_are_found_in_every_supported_folder(tmp_path: Path, images: str, source: str | None) -> None:
     root = write_coco(tmp_path, coco_content(), images, source)
     assert available_splits(root) == ["train"]
     dataset = open_dataset(root, "train")
     assert [dataset[i][0].shape for i in range(2)] == [(3, HEIGHT, WIDTH)] * 2
 
 
-def test_harmful_boxes_are_dropped_and_reported(tmp_path: Path) -> None:
-    bad: list[Object] = [
+def test_unusable_boxes_are_dropped_and_reported(tmp_path: Path) -> None:
+    unusable: list[Object] = [
         ("cat", (5, 5, 5, 9)),
         ("cat", (9, 5, 5, 9)),
         ("cat", ("nan", 5, 9, 9)),
         ("cat", ("left", 5, 9, 9)),
         ("cat", (41, 5, 50, 9)),
     ]
-    reported: list[Object] = [("cat", (30, 5, 45, 9))]
-    fine: list[Object] = [("cat", (1, 1, WIDTH, HEIGHT)), ("cat", (0, 0, WIDTH + 1, HEIGHT))]
-    root = write_voc(tmp_path, {"train": {"a": bad, "b": reported + fine}})
+    beyond_image: list[Object] = [("cat", (30, 5, 45, 9))]
+    within_tolerance: list[Object] = [("cat", (1, 1, WIDTH, HEIGHT)), ("cat", (0, 0, WIDTH + 1, HEIGHT))]
+    root = write_voc(tmp_path, {"train": {"a": unusable, "b": beyond_image + within_tolerance}})
     dataset = open_dataset(root, "train")
     assert len(dataset.target(0)["boxes"]) == 0 and len(dataset.target(1)["boxes"]) == 3
     assert [line.split(":")[0] for line in dataset.problems] == ["Annotations/a.xml"] * 5 + ["Annotations/b.xml"]
-    reasons = ("no area", "no area", "not four", "not four", "outside the image", "reaches out")
+    reasons = ("no area", "no area", "not four", "not four", "outside the image", "extends beyond")
     for line, reason in zip(dataset.problems, reasons, strict=True):
         assert reason in line
 
@@ -255,7 +255,7 @@ def test_harmful_boxes_are_dropped_and_reported(tmp_path: Path) -> None:
     )
     dataset = open_dataset(write_coco(tmp_path / "coco", content), "train")
     assert dataset.target(0)["boxes"].tolist() == [[1, 2, 4, 6]]
-    assert dataset.areas(0).tolist() == [12]  # none given: the box's
+    assert dataset.areas(0).tolist() == [12]  # the area of the box, because none is annotated
     assert len(dataset.problems) == 5
     assert all(line.startswith("annotations/instances_train.json: annotation 5") for line in dataset.problems)
 
@@ -263,27 +263,27 @@ def test_harmful_boxes_are_dropped_and_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGBA", ".png"), ("1", ".png")]
 )
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_images_of_every_8_bit_mode_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     (root / "JPEGImages/a.jpg").unlink()
     write_image(root / f"JPEGImages/a{suffix}", mode)
     image, _ = open_dataset(root, "train")[0]
     assert image.shape == (3, HEIGHT, WIDTH) and image.dtype == torch.uint8
-    assert (image[:, -1].float().mean() - image[:, 0].float().mean()) > 200  # the gradient runs down
+    assert (image[:, -1].float().mean() - image[:, 0].float().mean()) > 200  # brighter at the bottom
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("I;16", ".png"), ("I;16", ".tif"), ("I", ".tif"), ("F", ".tif")])
-def test_more_than_8_bits_are_refused(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_images_with_more_than_8_bits_raise_value_error(tmp_path: Path, mode: str, suffix: str) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     (root / "JPEGImages/a.jpg").unlink()
     write_image(root / f"JPEGImages/a{suffix}", mode)
-    with pytest.raises(ValueError, match=rf"a\{suffix}: .* mode is {mode}, expected an image of 8 bits"):
+    with pytest.raises(ValueError, match=rf"a\{suffix}: .* mode is {mode}, expected an image with 8 bits"):
         open_dataset(root, "train")[0]
 
 
-def test_read_rgb(tmp_path: Path) -> None:
+def test_read_rgb_turns_images_upright_unless_they_have_the_given_size(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
     path = tmp_path / "a.jpg"
     write_image(path, "L", exif=exif)
     image = read_rgb(path)
@@ -294,10 +294,10 @@ def test_read_rgb(tmp_path: Path) -> None:
         read_rgb(tmp_path / "b.jpg")
 
 
-def test_exif_orientation_is_applied_only_where_annotated_so(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_only_if_the_annotated_size_requires_it(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
     write_image(root / "JPEGImages/a.jpg", exif=exif)
     assert open_dataset(root, "train")[0][0].shape == (3, HEIGHT, WIDTH)
     xml = root / "Annotations/a.xml"
@@ -308,7 +308,7 @@ def test_exif_orientation_is_applied_only_where_annotated_so(tmp_path: Path) -> 
         open_dataset(root, "train")[0]
 
 
-def test_missing_size_is_taken_from_the_image(tmp_path: Path) -> None:
+def test_missing_size_is_read_from_the_image_file(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"a": []}})
     (root / "Annotations/a.xml").write_text("<annotation></annotation>")
     dataset = open_dataset(root, "train")
@@ -324,12 +324,12 @@ def scramble(path: Path) -> None:
     path.write_bytes(b"\0" * 500)
 
 
-@pytest.mark.parametrize("spoil", [truncate, scramble])
-def test_broken_image_is_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("damage", [truncate, scramble])
+def test_damaged_images_raise_an_error_that_names_the_file(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     root = write_voc(tmp_path, {"train": {"a": [], "b": []}})
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     Image.fromarray(noise).save(root / "JPEGImages/b.jpg")
-    spoil(root / "JPEGImages/b.jpg")
+    damage(root / "JPEGImages/b.jpg")
     dataset = open_dataset(root, "train")
     dataset[0]
     with pytest.raises(ValueError, match=r"b\.jpg: cannot be read"):
@@ -342,8 +342,11 @@ def test_broken_image_is_named(tmp_path: Path, spoil: Callable[[Path], None]) ->
         ("{", r"instances_train\.json: cannot be parsed as JSON"),
         ("[]", "no list of 'images'"),
         (json.dumps(coco_content(annotations=None)), "no list of 'annotations'"),
-        (json.dumps(coco_content(annotations=[{"image_id": 1}])), "must have image_id, category_id"),
-        (json.dumps(coco_content(annotations=[None])), r"train\.json: each of 'annotations' must have .*got None"),
+        (json.dumps(coco_content(annotations=[{"image_id": 1}])), "must have the fields image_id, category_id"),
+        (
+            json.dumps(coco_content(annotations=[None])),
+            r"train\.json: each of 'annotations' must have .*got None",
+        ),
         (json.dumps(coco_content(images=[7])), r"train\.json: each of 'images' must have .*got 7"),
         (json.dumps(coco_content(categories=[3])), r"train\.json: each of 'categories' must have .*got 3"),
         (json.dumps(coco_content(images=[{"id": "a", "file_name": "a.jpg"}])), "must be integers"),
@@ -356,14 +359,14 @@ def test_broken_image_is_named(tmp_path: Path, spoil: Callable[[Path], None]) ->
         (json.dumps(coco_content(categories=[{"id": i, "name": "x"} for i in (3, 18)])), "same name"),
     ],
 )
-def test_broken_coco_json(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_coco_files_raise_value_error(tmp_path: Path, content: str, message: str) -> None:
     root = write_coco(tmp_path, coco_content())
     (root / "annotations/instances_train.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         open_dataset(root, "train")
 
 
-def test_broken_voc(tmp_path: Path) -> None:
+def test_invalid_or_missing_voc_files_raise_value_error(tmp_path: Path) -> None:
     root = write_voc(tmp_path, {"train": {"a": [], "b": []}})
     (root / "Annotations/b.xml").write_text("<annotation>")
     with pytest.raises(ValueError, match=r"b\.xml: cannot be parsed as XML"):
@@ -377,7 +380,7 @@ def test_broken_voc(tmp_path: Path) -> None:
         open_dataset(tmp_path / "other", "train")
 
 
-def test_unknown_layout_and_split(tmp_path: Path) -> None:
+def test_unknown_layouts_and_splits_raise_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"looked for .*instances_<split>.*Annotations"):
         open_dataset(tmp_path, "train")
     write_voc(tmp_path, {"train": {"a": []}, "val": {}})
@@ -393,7 +396,7 @@ def test_targets_are_copies(tmp_path: Path) -> None:
     assert torch.equal(dataset.target(0)["boxes"], before)
 
 
-def test_indexing(tmp_path: Path) -> None:
+def test_negative_indices_work_and_indices_past_the_end_raise(tmp_path: Path) -> None:
     dataset = open_dataset(write_coco(tmp_path, coco_content()), "train")
     assert dataset.target(-2)["image_id"] == 139 and dataset.target(-2)["labels"].tolist() == [2, 1]
     assert dataset.target(-1)["image_id"] == 7 and dataset.target(-1)["labels"].tolist() == []
@@ -406,7 +409,7 @@ def add_mark(image: Any, target: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers(tmp_path: Path, start_method: str) -> None:
+def test_data_loader_workers_read_the_same_items(tmp_path: Path, start_method: str) -> None:
     dataset = open_dataset(write_coco(tmp_path, coco_content()), "train")
     dataset.transform = add_mark
     loader = DataLoader(dataset, num_workers=1, batch_size=None, multiprocessing_context=start_method)
@@ -417,13 +420,14 @@ def test_workers(tmp_path: Path, start_method: str) -> None:
     assert torch.equal(items[0][0], dataset[0][0])
 
 
-def test_pickle_is_small(tmp_path: Path) -> None:
+def test_a_pickled_dataset_is_small(tmp_path: Path) -> None:
     count = 2000
     images = [{"id": i, "file_name": "a.jpg", "width": WIDTH, "height": HEIGHT} for i in range(count)]
     annotations = [{"image_id": i, "category_id": 3, "bbox": [1, 2, 3, 4]} for i in range(count)]
     root = write_coco(tmp_path, coco_content(images=images, annotations=annotations))
     dataset = open_dataset(root, "train")
-    # 16 box + 8 label + 8 area + 1 flag; 8 id + 16 size + 8 offset; 11 letters of 4 bytes
+    # Bytes per object: box 16, label 8, area 8, ignore 1. Bytes per image: id 8, size 16, offset 8, and 11 letters of
+    # 4 bytes for the file name.
     assert len(pickle.dumps(dataset)) < count * 120 + 5000
 
 
@@ -432,8 +436,8 @@ def bccd() -> Path:
     return Path(os.environ.get("SSDCORE_BCCD", fallback))
 
 
-@pytest.mark.skipif(not bccd().is_dir(), reason="BCCD is not here; point SSDCORE_BCCD at it")
-def test_bccd() -> None:
+@pytest.mark.skipif(not bccd().is_dir(), reason="needs the BCCD dataset; set SSDCORE_BCCD to its folder")
+def test_bccd_has_the_known_numbers_of_images_and_objects() -> None:
     datasets: dict[str, DetectionDataset] = {name: open_dataset(bccd(), name) for name in available_splits(bccd())}
     assert {name: len(dataset) for name, dataset in datasets.items()} == {
         "test": 72,
@@ -442,7 +446,7 @@ def test_bccd() -> None:
         "val": 87,
     }
     assert all(dataset.classes == ("Platelets", "RBC", "WBC") for dataset in datasets.values())
-    # 4,888 objects are annotated in all, two of them without area
+    # 4,888 objects are annotated, of which two have no area.
     assert (
         sum(
             len(datasets[name].target(i)["labels"]) for name in ("trainval", "test") for i in range(len(datasets[name]))
