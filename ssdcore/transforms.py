@@ -1,8 +1,9 @@
-"""From photographs to network input: the SSD paper's augmentation, and the plain resize for evaluation.
+"""From an image and its target to network input: the SSD paper's augmentation, and a plain resize for evaluation.
 
-W. Liu et al., "SSD: Single Shot MultiBox Detector" (https://arxiv.org/abs/1512.02325): section 2.2, "Data
-augmentation", and the zoom-out of section 3.6, with the ranges of the authors' Caffe code. Built from
-torchvision.transforms.v2, so random numbers come from torch's generator: seeded per DataLoader worker.
+W. Liu et al., "SSD: Single Shot MultiBox Detector" (https://arxiv.org/abs/1512.02325) describes the augmentation in
+section 2.2, "Data augmentation", and the zoom-out in section 3.6. The ranges are those of the authors' Caffe code. The
+steps come from torchvision.transforms.v2, so random numbers come from torch's default generator, which each DataLoader
+worker seeds for itself.
 """
 
 from __future__ import annotations
@@ -23,33 +24,39 @@ __all__ = ["collate", "eval_transform", "train_transform"]
 
 Transform = Callable[[Any, Target], tuple[Tensor, Target]]
 
-MEAN_COLOUR = (123, 117, 104)  # RGB of 255, mean of ImageNet; the paper's filler for zoom-out
-MAX_ZOOM_OUT = 4.0  # side of the canvas, in sides of the image; section 3.6: 16 times the area
-MIN_PATCH_SCALE = 0.3  # sides of the smallest patch, in sides of the image; the authors' Caffe code
-PATCH_TRIALS = 40  # random patches tried for one overlap before another is drawn; torchvision's number
+MEAN_COLOUR = (123, 117, 104)  # RGB in 0..255, mean of ImageNet; fills the canvas of the zoom-out, as in the paper
+MAX_ZOOM_OUT = 4.0  # side of the largest canvas, in sides of the image; section 3.6 (16 times the area)
+MIN_PATCH_SCALE = 0.3  # side of the smallest patch, in sides of the image; the authors' Caffe code
+PATCH_TRIALS = 40  # random patches to try for one minimum IoU before another minimum is drawn; torchvision's default
 
 
 def train_transform(size: int = 300) -> Transform:
-    """The SSD paper's augmentation: `(image, target) -> (image, target)`.
+    """Return the SSD paper's augmentation as a callable `(image, target) -> (image, target)`.
 
-    In turn: zoom out on the mean colour (p = 0.5, up to 4 times the side); a patch that is the whole image,
-    or overlaps some object by IoU 0.1, 0.3, 0.5, 0.7 or 0.9, or is random; resize to size x size,
-    whatever the aspect; mirror (p = 0.5); brightness, contrast, saturation, hue and channel order (p = 0.5
-    each); and drop the objects whose centre the patch cut off.
+    The steps, in this order:
 
-    The colours are distorted last, unlike in the paper, which starts with them: on a 640 x 480 image that
-    touches 3.4 times fewer pixels. It is the same distortion up to rounding, save that contrast turns about
-    the mean of the patch and that the zoom-out's border is coloured too.
+    1. With probability 0.5, zoom out: place the image on a larger canvas of the mean colour, up to 4 times the side.
+    2. Crop a patch. Draw either "the whole image" or a minimum IoU of 0, 0.1, 0.3, 0.5, 0.7 or 0.9. For a minimum IoU,
+       draw random patches until one contains the centre of some object and has at least this IoU with it. After
+       `PATCH_TRIALS` patches, draw another minimum.
+    3. Resize to size x size, without keeping the aspect ratio.
+    4. With probability 0.5, mirror.
+    5. Change brightness, contrast, saturation, hue and the order of the channels, each with probability 0.5.
+    6. Drop the objects whose centre the patch cut off, and clip the boxes to the image.
 
-    Images without boxes pass through like any other. `image` is a `tv_tensors.Image` uint8 [3, H, W]; it
-    becomes float32 [3, size, size] in 0..1. `target` is a dict as `DetectionDataset` gives it: `boxes`
-    become pixels of the new image, and `boxes`, `labels` and `ignore` lose the same rows.
+    The paper changes the colours first. They are changed after the resize here, because on a 640 x 480 image that
+    touches 3.4 times fewer pixels. Up to rounding, the result differs in two ways: contrast changes about the mean of
+    the patch instead of the whole image, and the canvas of the zoom-out is coloured too.
+
+    The input `image` is a `tv_tensors.Image` uint8 [3, H, W]; the output is float32 [3, size, size] in 0..1. `target`
+    is a dict as `DetectionDataset` gives it. In the output, `boxes` are in pixels of the new image, and the dropped
+    objects are removed from `boxes`, `labels` and `ignore`. Images without objects are treated like any others.
     """
     fill = {tv_tensors.Image: list(MEAN_COLOUR), "others": 0}
     return v2.Compose(
         [
-            # The smallest patch of it still has `size` pixels a side, so nothing is lost,
-            # and zooming out of a 12-megapixel photograph does not take half a gigabyte.
+            # Without this step, zooming out from a 12-megapixel photograph would take half a gigabyte. No detail is
+            # lost, because the smallest patch still has `size` pixels per side.
             _ShrinkToFit(math.ceil(size / MIN_PATCH_SCALE)),
             v2.RandomZoomOut(fill=fill, side_range=(1.0, MAX_ZOOM_OUT), p=0.5),
             _RandomPatch(min_scale=MIN_PATCH_SCALE, trials=PATCH_TRIALS),
@@ -57,7 +64,7 @@ def train_transform(size: int = 300) -> Transform:
             v2.RandomHorizontalFlip(p=0.5),
             v2.RandomPhotometricDistort(p=0.5),
             v2.ToDtype(torch.float32, scale=True),
-            v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes drops whole what reaches out of the image
+            v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes would drop boxes that extend beyond the image
             v2.SanitizeBoundingBoxes(labels_getter=_per_object),
             v2.ToPureTensor(),
         ]
@@ -65,16 +72,20 @@ def train_transform(size: int = 300) -> Transform:
 
 
 def eval_transform(size: int = 300) -> Transform:
-    """Resize to size x size, whatever the aspect: `(image, target) -> (image, target)`.
+    """Return a resize to size x size as a callable `(image, target) -> (image, target)`.
 
-    `image` becomes float32 [3, size, size] in 0..1; `target["boxes"]` become pixels of the new image, and
-    nothing is dropped.
+    The aspect ratio is not kept. The output image is float32 [3, size, size] in 0..1, `target["boxes"]` are in pixels
+    of the new image, and no object is dropped.
     """
     return v2.Compose([v2.Resize((size, size)), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor | list[Tensor], list[Target]]:
-    """Batch items for a DataLoader: images [B, 3, H, W] if all have one size, else a list; the targets."""
+    """Collate items of a dataset for a DataLoader.
+
+    Returns:
+        The images, as one tensor [B, 3, H, W] if all have the same size and otherwise as a list; and the targets.
+    """
     images = [image for image, _ in batch]
     targets = [target for _, target in batch]
     if len({image.shape for image in images}) == 1:
@@ -83,7 +94,7 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor | list[Tenso
 
 
 class _ShrinkToFit(v2.Transform):
-    """Resize images whose shorter side exceeds `limit` pixels, so that it is `limit`, keeping the aspect."""
+    """Shrink images whose shorter side exceeds `limit` pixels, so that it becomes `limit`. Keeps the aspect ratio."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -98,8 +109,11 @@ class _ShrinkToFit(v2.Transform):
 
 
 class _RandomPatch(v2.RandomIoUCrop):
-    """RandomIoUCrop with the trials of one overlap drawn and judged together: the same distribution, at a
-    tenth of the time, and an image without boxes stays whole instead of failing every trial."""
+    """torchvision's RandomIoUCrop, ten times faster, with the same distribution of patches.
+
+    All trials for one minimum IoU are drawn and checked together. An image without boxes stays whole, while in
+    RandomIoUCrop every trial fails.
+    """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         image = next(item for item in flat_inputs if isinstance(item, tv_tensors.Image))
@@ -110,8 +124,9 @@ class _RandomPatch(v2.RandomIoUCrop):
             return {}
         while True:
             min_iou = self.options[int(torch.randint(len(self.options), ()))]
-            if min_iou >= 1:  # torchvision's code for the whole image
+            if min_iou >= 1:  # stands for the whole image in torchvision
                 return {}
+            # [2, trials, 1] width and height of the patches, as fractions of the image's
             scale = self.min_scale + (self.max_scale - self.min_scale) * torch.rand(2, self.trials, 1)
             patch_w, patch_h = (width * scale[0]).floor(), (height * scale[1]).floor()  # each [trials, 1]
             left = ((width - patch_w) * torch.rand(self.trials, 1)).floor()
@@ -125,10 +140,10 @@ class _RandomPatch(v2.RandomIoUCrop):
             overlap = overlap_w * overlap_h
             iou = overlap / (patch_w * patch_h + (x2 - x1) * (y2 - y1) - overlap)
             aspect = patch_w / patch_h
-            good = (self.min_aspect_ratio <= aspect) & (aspect <= self.max_aspect_ratio)
-            good = good & inside & (iou >= min_iou)
-            trial = int(good.any(dim=1).int().argmax())  # the first good one, else 0
-            if good[trial].any():
+            valid_aspect = (self.min_aspect_ratio <= aspect) & (aspect <= self.max_aspect_ratio)
+            valid = valid_aspect & inside & (iou >= min_iou)  # [trials, G]
+            trial = int(valid.any(dim=1).int().argmax())  # the first valid trial, or 0 if none is valid
+            if valid[trial].any():
                 return {
                     "top": int(top[trial]),
                     "left": int(left[trial]),
@@ -139,5 +154,6 @@ class _RandomPatch(v2.RandomIoUCrop):
 
 
 def _per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, Tensor]:
+    """The tensors from which SanitizeBoundingBoxes removes the dropped objects, besides the boxes."""
     _, target = inputs
     return target["labels"], target["ignore"]

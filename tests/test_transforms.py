@@ -1,4 +1,4 @@
-"""Augmentation: boxes must follow their pixels, and their labels must follow the boxes."""
+"""Augmentation moves boxes with their pixels, and keeps labels with their boxes."""
 
 import pickle
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ WHITE, RED = 1, 2  # labels, by the colour of the object
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and on a busy machine lose much by waiting for them."""
+    """On images this small threads gain nothing, and on a busy machine the threads wait long for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make_sample(boxes: Any, height: int = 120, width: int = 160) -> tuple[Any, dict[str, Any]]:
-    """A black image with one white and one red rectangle, or with none."""
+    """A black image with a white rectangle for the first box and a red one for the second."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     for (x1, y1, x2, y2), channels in zip(boxes, (slice(0, 3), slice(0, 1)), strict=False):
         image[channels, max(y1, 0) : y2, max(x1, 0) : x2] = 255
@@ -50,12 +50,12 @@ def steps(size: int) -> list[Any]:
 
 
 def extent(mask: Tensor) -> Tensor:
-    """xyxy of the true pixels of a mask [H, W]."""
+    """The box around the true pixels of a mask [H, W], xyxy."""
     y, x = mask.nonzero(as_tuple=True)
     return torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
 
 
-def test_boxes_follow_pixels_and_labels_follow_boxes() -> None:
+def test_boxes_move_with_their_pixels_and_labels_with_their_boxes() -> None:
     geometry = v2.Compose([t for t in steps(SIZE) if not isinstance(t, v2.RandomPhotometricDistort)])
     torch.manual_seed(0)
     seen = {WHITE: 0, RED: 0}
@@ -64,16 +64,16 @@ def test_boxes_follow_pixels_and_labels_follow_boxes() -> None:
         assert len(target["boxes"]) == len(target["labels"]) == len(target["ignore"])
         assert torch.equal(target["ignore"], target["labels"] == RED)
         for box, label in zip(target["boxes"], target["labels"].tolist(), strict=True):
-            # the zoom-out's border has at most 123 / 255 in red and green
+            # The canvas of the zoom-out has at most 123 / 255 in red and green.
             mask = (image[0] > 0.7) & ((image[1] > 0.7) == (label == WHITE))
             if label == RED:
                 mask &= image[2] < 0.1
             assert (extent(mask) - box).abs().max() <= 2, (extent(mask), box)
             seen[label] += 1
-    assert min(seen.values()) > 50  # else the loop above has shown little
+    assert min(seen.values()) > 50  # otherwise the loop above checked almost nothing
 
 
-def test_train_transform_gives_network_input() -> None:
+def test_train_transform_returns_valid_network_input() -> None:
     transform = train_transform(SIZE)
     torch.manual_seed(0)
     for _ in range(50):
@@ -86,12 +86,12 @@ def test_train_transform_gives_network_input() -> None:
         assert target["image_id"] == 5
 
 
-def test_every_step_happens() -> None:
-    """Zoom-out, whole image, crop, mirror and colours all show in some of many runs."""
+def test_every_random_step_happens() -> None:
+    """Zoom-out, crop, mirroring and colour changes each show in some of 200 runs."""
     transform = train_transform(SIZE)
     torch.manual_seed(0)
     smaller = larger = mirrored = coloured = 0
-    resized = 40 * SIZE / 160  # the white box, were it only resized
+    resized = 40 * SIZE / 160  # width of the white box if the image is only resized
     for _ in range(200):
         image, target = transform(*make_sample(APART))
         boxes = dict(zip(target["labels"].tolist(), target["boxes"], strict=True))
@@ -108,7 +108,7 @@ def test_every_step_happens() -> None:
     assert min(smaller, larger, mirrored, coloured) > 10
 
 
-def test_image_without_boxes() -> None:
+def test_images_without_boxes_are_transformed() -> None:
     torch.manual_seed(0)
     for _ in range(20):
         image, target = train_transform(SIZE)(*make_sample([]))
@@ -116,13 +116,13 @@ def test_image_without_boxes() -> None:
         assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,) and target["ignore"].shape == (0,)
 
 
-def test_box_reaching_out_of_the_image_is_kept() -> None:
+def test_boxes_that_extend_beyond_the_image_are_kept() -> None:
     torch.manual_seed(0)
     kept = [len(train_transform(SIZE)(*make_sample([[-20, 20, 90, 140]]))[1]["boxes"]) for _ in range(30)]
-    assert kept == [1] * 30  # the patch must hold some object's centre, and there is but one
+    assert kept == [1] * 30  # every patch contains the centre of an object, and there is only one object
 
 
-def test_large_image_is_shrunk_first() -> None:
+def test_large_images_are_shrunk_first() -> None:
     image, target = make_sample([[300, 600, 900, 1800]], height=3000, width=2000)
     shrunk, after = steps(30)[0](image, target)
     assert shrunk.shape == (3, 150, 100)  # 30 / 0.3
@@ -132,16 +132,16 @@ def test_large_image_is_shrunk_first() -> None:
 
 
 @pytest.mark.parametrize("min_iou", [0.0, 0.3, 0.7])
-def test_patches_are_distributed_as_torchvisions(min_iou: float) -> None:
+def test_patches_have_the_distribution_of_torchvisions(min_iou: float) -> None:
     image, target = make_sample([[30, 20, 130, 110], [0, 0, 30, 30]])
     draws = 300
     patches: dict[type, Tensor] = {}
     for kind, seed in ((_RandomPatch, 0), (v2.RandomIoUCrop, 1)):
         torch.manual_seed(seed)
         crop = kind(sampler_options=[min_iou])
-        found = [crop.make_params([image, target["boxes"]]) for _ in range(draws)]
+        all_params = [crop.make_params([image, target["boxes"]]) for _ in range(draws)]
         patches[kind] = torch.tensor(
-            [[p["left"], p["top"], p["width"], p["height"], *p["is_within_crop_area"].tolist()] for p in found],
+            [[p["left"], p["top"], p["width"], p["height"], *p["is_within_crop_area"].tolist()] for p in all_params],
             dtype=torch.float32,
         )
     ours, theirs = patches[_RandomPatch], patches[v2.RandomIoUCrop]
@@ -151,7 +151,7 @@ def test_patches_are_distributed_as_torchvisions(min_iou: float) -> None:
     assert ((spread > 0.8) & (spread < 1.25)).all()
 
 
-def test_same_seed_same_result_after_pickling() -> None:
+def test_the_same_seed_gives_the_same_result_after_pickling() -> None:
     results = []
     for transform in (train_transform(SIZE), pickle.loads(pickle.dumps(train_transform(SIZE)))):
         torch.manual_seed(3)
@@ -168,7 +168,7 @@ def test_eval_transform_only_resizes() -> None:
     assert target["labels"].tolist() == [1, 2]
 
 
-def test_collate() -> None:
+def test_collate_stacks_images_of_one_size_and_lists_others() -> None:
     small, large = (torch.zeros(3, 4, 4), {"a": 1}), (torch.zeros(3, 5, 4), {"a": 2})
     images, targets = collate([small, small])
     assert isinstance(images, Tensor) and images.shape == (2, 3, 4, 4)
