@@ -1,4 +1,4 @@
-"""The synthetic set: reproducible, whole or absent, and annotated right."""
+"""The synthetic dataset is reproducible, is created as a whole or not at all, and has correct annotations."""
 
 import hashlib
 from collections import Counter
@@ -22,7 +22,7 @@ def make(root: Path, train: int = 6, val: int = 3, size: int = 100, seed: int = 
     return make_synthetic(root, train=train, val=val, size=size, seed=seed, progress=False)
 
 
-def test_same_arguments_same_bytes(tmp_path: Path) -> None:
+def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = digest(make(tmp_path / "a")), digest(make(tmp_path / "b"))
     assert first == second and len(first) == 6 + 3 + 2 + 1
     other = digest(make(tmp_path / "c", seed=1))
@@ -32,19 +32,21 @@ def test_same_arguments_same_bytes(tmp_path: Path) -> None:
     assert all(first[name] == longer[name] for name in first if name.endswith(".jpg"))
 
 
-def test_set_is_reused_and_nothing_else_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_dataset_is_reused_and_other_files_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"hold the set .*'seed': 1.* holds .*'seed': 0"):
+    with pytest.raises(ValueError, match=r"contain the dataset .*'seed': 1.* contains .*'seed': 0"):
         make(root, seed=1)
     monkeypatch.setattr(ssdcore.synthetic, "_draw_image", None)  # drawing again would fail
     assert make(root) == root
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="other files"):
         make(tmp_path / "mine")
 
 
-def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = 0
 
     def interrupted(rng: np.random.Generator, size: int) -> object:
@@ -54,7 +56,7 @@ def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return _draw_image(rng, size)
 
-    (tmp_path / "set").mkdir()  # an empty folder is free
+    (tmp_path / "set").mkdir()  # an empty folder may be used
     with monkeypatch.context() as patch:
         patch.setattr(ssdcore.synthetic, "_draw_image", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -63,8 +65,8 @@ def test_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert len(digest(make(tmp_path / "set"))) == 12
 
 
-def test_two_makers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process publishes the same set while this one draws."""
+def test_two_processes_may_create_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process publishes the same dataset while this process draws."""
 
     def overtaken(rng: np.random.Generator, size: int) -> object:
         monkeypatch.setattr(ssdcore.synthetic, "_draw_image", _draw_image)
@@ -77,7 +79,7 @@ def test_two_makers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(digest(tmp_path / "set")) == 12
 
 
-def test_annotations(tmp_path: Path) -> None:
+def test_annotations_are_valid_and_cover_all_classes(tmp_path: Path) -> None:
     dataset = open_dataset(make(tmp_path / "set", train=60, val=0, size=100), "train")
     assert dataset.problems == [] and dataset.classes == SHAPES
     counts: Counter[int] = Counter()
@@ -89,7 +91,7 @@ def test_annotations(tmp_path: Path) -> None:
         classes.update(target["labels"].tolist())
         if len(boxes):
             assert boxes.min() >= 0 and boxes.max() <= 100
-            assert (boxes[:, 2:] - boxes[:, :2]).min() >= 10  # 30 of 300
+            assert (boxes[:, 2:] - boxes[:, :2]).min() >= 10  # 30 pixels of 300
             assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.25
     assert counts[0] > 0 and max(counts) == 6 and set(counts) == set(range(7))
     assert min(classes[label] for label in (1, 2, 3)) > 30
@@ -98,7 +100,7 @@ def test_annotations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_boxes_hug_their_shapes(shape: str) -> None:
+def test_boxes_fit_their_shapes(shape: str) -> None:
     rng = np.random.default_rng(0)
     for _ in range(30):
         outline = _outline(rng, shape, rng.uniform(30, 60)) + rng.uniform(0, 30, 2)
@@ -107,11 +109,11 @@ def test_boxes_hug_their_shapes(shape: str) -> None:
         y, x = np.nonzero(np.abs(canvas - 100).max(axis=-1) > 5)
         drawn = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
         box = np.concatenate([outline.min(axis=0), outline.max(axis=0)])
-        # whole pixels, and a triangle's sharp corner covers little of its last one
+        # Drawn pixels are whole, and the sharp corner of a triangle covers little of its last pixel.
         assert np.abs(drawn - box).max() <= 1.5
 
 
-def test_colour_tells_nothing_of_the_class(tmp_path: Path) -> None:
+def test_colour_does_not_depend_on_the_class(tmp_path: Path) -> None:
     dataset = open_dataset(make(tmp_path / "set", train=150, val=0), "train")
     colours: dict[int, list[np.ndarray]] = {1: [], 2: [], 3: []}
     for index in range(len(dataset)):
@@ -125,7 +127,7 @@ def test_colour_tells_nothing_of_the_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"train": -1}, {"val": -1}, {"size": 99}, {"seed": -1}])
-def test_arguments_out_of_range(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_arguments_out_of_range_raise_value_error(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         make(tmp_path / "set", **wrong)
     assert not any(tmp_path.iterdir())
