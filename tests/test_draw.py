@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes and labels where they belong, and inside the image."""
+"""Boxes and captions are drawn at the right positions and inside the image."""
 
 from typing import Any
 
@@ -22,37 +22,37 @@ def draw(boxes: Any, labels: Any, scores: Tensor | None = None, size: tuple[int,
 
 
 def extent(pixels: np.ndarray) -> list[int]:
-    """xyxy of what is not black."""
+    """The box around all pixels that are not black, xyxy."""
     y, x = np.nonzero(pixels.any(axis=-1))
     return [x.min(), y.min(), x.max(), y.max()]
 
 
-def test_box_and_label_are_drawn() -> None:
+def test_box_and_caption_are_drawn() -> None:
     pixels = draw([[50.0, 60, 120, 110]], [1])
     x1, y1, x2, y2 = extent(pixels)
     assert (x1, x2, y2) == (50, 120, 110)
-    assert 40 <= y1 <= 50  # the label stands on the box
-    assert not pixels[70:100, 60:110].any()  # nothing is painted over
+    assert 40 <= y1 <= 50  # the caption is on top of the box
+    assert not pixels[70:100, 60:110].any()  # the inside of the box is unchanged
 
 
 @pytest.mark.parametrize(
     "box",
     [
-        [0.0, 0.0, 60.0, 50.0],  # no room above
-        [190.0, 100.0, 199.0, 120.0],  # no room to the right
+        [0.0, 0.0, 60.0, 50.0],  # no space above
+        [190.0, 100.0, 199.0, 120.0],  # no space to the right
         [150.0, 140.0, 199.0, 149.0],
-        [-30.0, -30.0, 250.0, 200.0],  # beyond the image
+        [-30.0, -30.0, 250.0, 200.0],  # extends beyond the image
         [60.0, 50.0, 20.0, 10.0],  # corners swapped
-        [300.0, 300.0, 400.0, 400.0],  # outside
+        [300.0, 300.0, 400.0, 400.0],  # outside the image
     ],
 )
-def test_label_stays_inside_the_image(box: list[float]) -> None:
-    """Wherever the box, the label shows as many pixels of letters as in mid-image."""
-    assert letter_pixels(box) == letter_pixels([60.0, 60, 120, 110]) > 50
+def test_caption_stays_inside_the_image(box: list[float]) -> None:
+    """A caption shows as many text pixels as one in the middle of the image, so that nothing of it is cut off."""
+    assert text_pixels(box) == text_pixels([60.0, 60, 120, 110]) > 50
 
 
-def letter_pixels(box: list[float]) -> int:
-    """Pixels that are neither background nor in the colour of the class."""
+def text_pixels(box: list[float]) -> int:
+    """The number of pixels that have neither the background's colour nor the class's colour."""
     grey = Image.new("RGB", (200, 150), (90, 90, 90))
     picture = draw_detections(grey, torch.tensor([box]), torch.tensor([1]), torch.tensor([0.87]), CLASSES)
     counts = picture.getcolors(maxcolors=2**16)
@@ -61,7 +61,7 @@ def letter_pixels(box: list[float]) -> int:
     return sum(count for count, value in counts if value not in ((90, 90, 90), colour))
 
 
-def test_classes_differ_in_colour_and_scores_are_shown() -> None:
+def test_classes_have_different_colours_and_scores_are_shown() -> None:
     box = [[50.0, 60, 120, 110]]
     cat, dog = draw(box, [1]), draw(box, [2])
     assert np.abs(cat[110, 80] - dog[110, 80]).max() > 50
@@ -69,7 +69,7 @@ def test_classes_differ_in_colour_and_scores_are_shown() -> None:
     assert scored[:60].any(axis=-1).sum() > plain[:60].any(axis=-1).sum()
 
 
-def test_best_score_is_on_top() -> None:
+def test_the_highest_score_is_drawn_on_top() -> None:
     boxes = [[50.0, 60, 120, 110]] * 2
     best_cat = draw(boxes, [1, 2], torch.tensor([0.9, 0.1]))
     assert (best_cat[110, 80] == draw(boxes[:1], [1])[110, 80]).all()
@@ -77,7 +77,7 @@ def test_best_score_is_on_top() -> None:
     assert (best_dog[110, 80] == draw(boxes[:1], [2])[110, 80]).all()
 
 
-def test_lines_grow_with_the_image() -> None:
+def test_line_width_grows_with_the_image() -> None:
     def thickness(size: int) -> int:
         pixels = draw([[0.3 * size, 0.3 * size, 0.8 * size, 0.8 * size]], [1], size=(size, size))
         return int((pixels[size // 2 :, size // 2].sum(axis=-1) > 0).sum())
@@ -85,7 +85,7 @@ def test_lines_grow_with_the_image() -> None:
     assert [thickness(size) for size in (100, 300, 1000)] == [1, 1, 4]
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_modified() -> None:
     tensor = torch.full((3, 40, 60), 7, dtype=torch.uint8)
     picture = draw_detections(tensor, torch.tensor([[5.0, 20, 30, 30]]), torch.tensor([1]), None, CLASSES)
     assert picture.size == (60, 40) and picture.getpixel((59, 39)) == (7, 7, 7)
@@ -97,9 +97,9 @@ def test_inputs_are_left_alone() -> None:
     assert grey.mode == "RGB" and grey.getpixel((0, 0)) == (5, 5, 5)
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_invalid_arguments_raise_value_error() -> None:
     box = torch.zeros(1, 4)
-    with pytest.raises(ValueError, match=r"equally many, got \[1, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"the same length, got \[1, 2, 1\]"):
         draw_detections(Image.new("RGB", (9, 9)), box, torch.tensor([1, 1]), None, CLASSES)
     for label in (0, 3):
         with pytest.raises(ValueError, match=r"labels must be in 1\.\.2"):
@@ -108,7 +108,7 @@ def test_wrong_arguments_are_refused() -> None:
         contact_sheet([], 2)
 
 
-def test_contact_sheet() -> None:
+def test_contact_sheet_arranges_images_line_by_line() -> None:
     colours = ("red", "lime", "blue")
     images = [Image.new("RGB", size, c) for size, c in zip(((30, 20), (10, 40), (20, 20)), colours, strict=True)]
     sheet = contact_sheet(images, columns=2)
