@@ -57,7 +57,7 @@ def test_train_then_evaluate_then_detect(shapes: Path, tmp_path: Path) -> None:
     assert json.loads((run / "metrics.json").read_text())["best"] == 1  # the run's own record is untouched
 
     result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, *options)
-    assert isinstance(result.exception, ValueError) and "holds a run already" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "contains a run already" in str(result.exception)
 
 
 def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_path: Path) -> None:

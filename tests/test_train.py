@@ -1,4 +1,4 @@
-"""Training: a run learns, resumes to the last bit, and stops with a reason."""
+"""Training leaves the promised files, resumes to the last bit, and stops with a clear error."""
 
 import json
 import math
@@ -31,34 +31,34 @@ def new_model() -> SSD:
 
 
 def run(shapes: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Two epochs of two batches, two of the ten images left over."""
+    """Train two epochs of two batches of four; two of the ten images are left out of each epoch."""
     options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "quiet": True, **changes}
     model = options.pop("model", None) or new_model()
     return fit(model, open_dataset(shapes, "train"), output, **options)
 
 
 class Interrupting(DetectionDataset):
-    """Someone presses Ctrl-C while image number `last` is read."""
+    """Raises KeyboardInterrupt, as Ctrl-C does, after `images_left` images have been read."""
 
-    last = 13  # in the second epoch of eight images
+    images_left = 13  # ends in the second epoch of eight images
 
     def __getitem__(self, index: int) -> Any:
-        self.last -= 1
-        if self.last < 0:
+        self.images_left -= 1
+        if self.images_left < 0:
             raise KeyboardInterrupt
         return super().__getitem__(index)
 
 
-def test_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(shapes: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_run(shapes: Path, tmp_path: Path) -> None:
     val_set = open_dataset(shapes, "val")
-    whole = run(shapes, tmp_path / "whole", val_set=val_set)
+    uninterrupted = run(shapes, tmp_path / "uninterrupted", val_set=val_set)
 
-    interrupted = open_dataset(shapes, "train")
-    interrupted.__class__ = Interrupting
+    train_set = open_dataset(shapes, "train")
+    train_set.__class__ = Interrupting
     with pytest.raises(KeyboardInterrupt):
         fit(
             new_model(),
-            interrupted,
+            train_set,
             tmp_path / "resumed",
             val_set=val_set,
             epochs=2,
@@ -67,32 +67,35 @@ def test_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(shapes: Path, 
         )
     state = torch.load(tmp_path / "resumed" / "last.pt", weights_only=True)
     assert len(state["history"]) == 1
-    # Another seed: what the model starts from must not matter.
+    # Another seed, because the initial weights of a resumed model must not matter.
     torch.manual_seed(1)
     resumed = run(shapes, tmp_path / "resumed", model=ssd300_tiny(4), val_set=val_set, resume=True)
 
-    for record in (whole, resumed):
-        for row in record["epochs"]:
-            del row["seconds"]
-    assert resumed == whole
+    for record in (uninterrupted, resumed):
+        for epoch_record in record["epochs"]:
+            del epoch_record["seconds"]
+    assert resumed == uninterrupted
     expected, got = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "resumed")
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("uninterrupted", "resumed")
     )
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
-def test_a_run_leaves_what_it_promises(shapes: Path, tmp_path: Path) -> None:
+def test_a_run_writes_the_documented_files(shapes: Path, tmp_path: Path) -> None:
     record = run(shapes, tmp_path / "run", val_set=open_dataset(shapes, "val"))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == record
-    assert [row["epoch"] for row in record["epochs"]] == [1, 2]
-    assert all(math.isfinite(row["classification"] + row["bbox_regression"]) for row in record["epochs"])
-    scores = [row["val"]["AP50"] for row in record["epochs"]]
+    epochs = record["epochs"]
+    assert [epoch_record["epoch"] for epoch_record in epochs] == [1, 2]
+    assert all(
+        math.isfinite(epoch_record["classification"] + epoch_record["bbox_regression"]) for epoch_record in epochs
+    )
+    scores = [epoch_record["val"]["AP50"] for epoch_record in epochs]
     assert record["best"] == 1 + scores.index(max(scores))
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
-    # The weights kept are those that were scored.
+    # The saved weights are those of the best epoch.
     model, classes = load_model(tmp_path / "run" / "model.safetensors")
     val_set = open_dataset(shapes, "val")
     assert classes == val_set.classes
@@ -100,24 +103,24 @@ def test_a_run_leaves_what_it_promises(shapes: Path, tmp_path: Path) -> None:
     assert again["AP50"] == record["epochs"][record["best"] - 1]["val"]["AP50"]
 
 
-def test_existing_runs_are_safe(shapes: Path, tmp_path: Path) -> None:
+def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_settings(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to resume: .*last\.pt does not exist"):
         run(shapes, tmp_path / "run", resume=True)
     run(shapes, tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="contains a run already"):
         run(shapes, tmp_path / "run", epochs=1)
     with pytest.raises(ValueError, match=r"other settings: epochs 1 \(now 2\), seed 0 \(now 5\)"):
         run(shapes, tmp_path / "run", resume=True, seed=5)
 
 
-def test_a_state_that_is_none_is_named(shapes: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_raises_an_error_that_names_it(shapes: Path, tmp_path: Path) -> None:
     run(shapes, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "last.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"last\.pt is not the state of a run"):
         run(shapes, tmp_path / "run", epochs=1, resume=True)
 
 
-def test_a_small_set_gets_more_epochs_where_the_model_needs_steps() -> None:
+def test_a_small_dataset_gets_more_epochs_if_the_model_needs_more_steps() -> None:
     vgg = RECIPES["ssd300_vgg16"]
     assert vgg.epochs_for(117_266, 32) == vgg.epochs
     assert vgg.epochs_for(292, 32) * (292 // 32) >= 5000
@@ -130,7 +133,7 @@ def test_settings_must_be_positive(shapes: Path, tmp_path: Path, name: str) -> N
         run(shapes, tmp_path, **{name: 0})
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images(shapes: Path, tmp_path: Path) -> None:
     class Breaking(SSD):
         def loss(self, *arguments: Any) -> dict[str, torch.Tensor]:
             losses = super().loss(*arguments)
@@ -149,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes: Path, tmp_
     assert len(torch.load(tmp_path / "last.pt", weights_only=True)["history"]) == 1
 
 
-def test_every_epoch_sees_every_image_in_another_order_and_cut(shapes: Path) -> None:
+def test_every_epoch_has_every_image_in_another_order_and_with_another_augmentation(shapes: Path) -> None:
     dataset = open_dataset(shapes, "train")
     dataset.transform = train_transform()
     epochs = [[_Stream(dataset, 0)[n] for n in range(k * 10, k * 10 + 10)] for k in (0, 1)]
@@ -159,12 +162,12 @@ def test_every_epoch_sees_every_image_in_another_order_and_cut(shapes: Path) -> 
     first, second = ({target["image_id"]: image for image, target in epoch} for epoch in epochs)
     assert not any(torch.equal(first[i], second[i]) for i in first)
 
-    # An item hangs on the seed and its number alone, not on what was read before it.
+    # An item depends only on the seed and its number, not on the items that were read before it.
     assert torch.equal(_Stream(dataset, 0)[7][0], epochs[0][7][0])
     assert not torch.equal(_Stream(dataset, 1)[7][0], epochs[0][7][0])
 
 
-def test_workers_change_nothing(shapes: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_losses(shapes: Path, tmp_path: Path) -> None:
     losses = [run(shapes, tmp_path / str(workers), epochs=1, workers=workers)["epochs"][0] for workers in (0, 2)]
     assert losses[0]["classification"] == losses[1]["classification"]
 
@@ -176,24 +179,24 @@ def test_ignored_objects_are_not_trained_on(shapes: Path, tmp_path: Path) -> Non
     assert record["epochs"][0]["bbox_regression"] == 0
 
 
-def test_schedules() -> None:
+def test_schedules_have_the_documented_values() -> None:
     rates = [one_cycle(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[30] == max(rates) == 1 and rates[-1] < 0.001
     rates = [two_drops(step, 120_000) for step in (0, 499, 79_999, 80_000, 99_999, 100_000, 119_999)]
     assert rates == pytest.approx([1 / 500, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert two_drops(0, 1) > 0  # a run of one step trains
+    assert two_drops(0, 1) > 0  # a run of one step has a learning rate above 0
 
 
-def test_only_weights_of_convolutions_decay() -> None:
+def test_weight_decay_applies_only_to_weights_of_convolutions() -> None:
     model = ssd300_vgg16(4)
-    decayed, kept = _parameter_groups(model, 5e-4)
-    assert decayed["weight_decay"] == 5e-4 and kept["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in kept["params"]} == {1}
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+    decayed, undecayed = _parameter_groups(model, 5e-4)
+    assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in undecayed["params"]} == {1}
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
     assert RECIPES.keys() == {"ssd300_tiny", "ssd300_vgg16"}
 
 
-def test_the_first_of_the_best_epochs_is_kept() -> None:
-    scores = [None, 0.2, 0.9, 0.9, 0.8]  # None: the split has no objects
+def test_the_first_of_several_best_epochs_is_chosen() -> None:
+    scores = [None, 0.2, 0.9, 0.9, 0.8]  # None if the split has no objects
     assert _best_epoch([{"val": {"AP50": score}} for score in scores]) == 3
-    assert _best_epoch([{}, {}, {}]) == 3  # without a validation split the last
+    assert _best_epoch([{}, {}, {}]) == 3  # without a validation split, the last epoch
