@@ -38,7 +38,7 @@ SAVE_EVERY_S = 20.0
 def one_cycle(step: int, steps: int) -> float:
     """Factor of the learning rate that rises over the first 30 % of the run and then falls to almost 0.
 
-    Both parts follow a cosine. The rise starts at 0.04.
+    Both parts follow a cosine. The rise starts at 0.04 (1 / 25, OneCycleLR's default).
 
     Source: Smith and Topin, "Super-Convergence" (2018), with the shape of torch's OneCycleLR.
     """
@@ -51,8 +51,8 @@ def one_cycle(step: int, steps: int) -> float:
 def two_drops(step: int, steps: int) -> float:
     """Factor of the learning rate of the SSD paper: 1, then 0.1 from 2/3 of the run, then 0.01 from 5/6.
 
-    These are steps 80,000 and 100,000 of 120,000. Before, the factor rises linearly over 500 steps, or over a tenth of
-    the run if that is less, as in the recipes of lufficc and MMDetection.
+    These are steps 80,000 and 100,000 of 120,000. At the start, the factor rises linearly over 500 steps, or over a
+    tenth of the run if that is less, as in the recipes of lufficc and MMDetection.
 
     Source: Liu et al., SSD, section 3.1.
     """
