@@ -1,6 +1,7 @@
-"""The command line: `ssdcore demo | train | evaluate | detect`. Each command is a function to call as well."""
+"""The command line: `ssdcore demo | train | evaluate | detect`. Each command is also a Python function.
 
-# Whatever imports torch is imported by the command that needs it: `ssdcore --help` answers at once.
+Modules that import torch are imported inside the functions that need them, so that `ssdcore --help` answers at once.
+"""
 
 import json
 import os
@@ -23,55 +24,73 @@ if TYPE_CHECKING:
     from ssdcore.data import DetectionDataset
     from ssdcore.model import SSD
 
-DEMO_TRAIN, DEMO_VAL = 600, 150  # images; enough for AP50 0.95, and for a few minutes on two CPU cores
+DEMO_TRAIN, DEMO_VAL = 600, 150  # images; enough for an AP50 of 0.95, and few enough for minutes on two CPU cores
 DEMO_EPOCHS = 20
 DEMO_PICTURES = 12
-MAX_PROBLEMS = 3  # shown of a dataset's
+MAX_PROBLEMS = 3  # problems of a dataset that are printed
 
 app = typer.Typer(
     name="ssdcore",
-    help="Train, score and use SSD300 detectors.",
+    help="Train, evaluate and run SSD300 object detectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")]
+
+def _option(help_text: str, **constraints: Any) -> Any:
+    """An option without a default value to show, because its help text describes the default."""
+    return typer.Option(help=help_text, show_default=False, **constraints)
+
+
+Data = Annotated[Path, typer.Option(help="Dataset folder in the layout of Pascal VOC or COCO.")]
+Weights = Annotated[Path, typer.Option(help="Path of a trained model's model.safetensors.")]
+InitialWeights = Annotated[
+    str | None,
+    _option(
+        "Weights to start from: a model.safetensors, whose classes may differ; or, for ssd300_vgg16, "
+        "IMAGENET1K_FEATURES, torchvision's weights for the backbone. Default: random weights."
+    ),
+]
+ValSplit = Annotated[
+    str | None,
+    _option(
+        "Split that chooses the epoch to save, by AP50. none: save the last epoch. Default: val, valid or "
+        "validation if the dataset has it and the training split is not trainval; otherwise none."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto. auto uses cuda if there is a GPU.")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        help="Processes that read and augment images; by default half the cores, 8 at most.",
-        show_default=False,
-        min=0,
-    ),
+    _option("Number of processes that read and augment images. Default: half the CPU cores, at most 8.", min=0),
 ]
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is told in one line, without a traceback."""
+    """Run the command line. Errors that the user can correct are printed as one line, without a traceback."""
     try:
         app()
     except (ValueError, FloatingPointError, OSError) as error:
-        # A worker process sends its traceback as the message; what it is about stands in the last line.
+        # The message of an error from a worker process is a traceback, whose last line is the original error.
         message = str(error).strip()
         sys.exit(f"error: {message.splitlines()[-1] if message.startswith('Caught ') else message}")
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(help="Folder for dataset, model and results.")] = Path("demo"),
     device: Device = "auto",
     workers: Workers = None,
 ) -> dict[str, Any]:
-    """Make a data set of coloured shapes, train ssd300_tiny on it, score it, draw what it finds.
+    """Train ssd300_tiny on generated images of coloured shapes, evaluate it and draw detected objects.
 
-    A few minutes on two CPU cores. Repeated, it continues where it was interrupted.
+    This takes a few minutes on two CPU cores. If it is interrupted, run it again to continue.
     """
     from ssdcore.synthetic import make_synthetic
 
     data = make_synthetic(output / "shapes", train=DEMO_TRAIN, val=DEMO_VAL)
     run = output / "run"
-    # Without a validation split: the images that score it have had no say in the training.
+    # Without a validation split, so that the images that score the model do not choose its weights.
     train(
         data,
         output=run,
@@ -86,84 +105,51 @@ def demo(
     pictures = detect(sorted((data / "val").glob("*.jpg"))[:DEMO_PICTURES], weights, output / "pictures", device=device)
     sheet = _contact_sheet(pictures, output / "detections.png")
     print(
-        f"\nAP50 {_score(metrics['AP50'])} on {DEMO_VAL} images that it was not trained on."
-        f"\nThe first {DEMO_PICTURES} of them, with what it found: {sheet}"
-        "\n\nYour own images, in the form of Pascal VOC or COCO:"
-        "\n  ssdcore train --data DIR --output RUN"
-        "\n  ssdcore evaluate --weights RUN/model.safetensors --data DIR --split test"
-        "\n  ssdcore detect --weights RUN/model.safetensors PHOTOGRAPH ..."
+        f"\nAP50 is {_score(metrics['AP50'])} on {DEMO_VAL} images that the model was not trained on."
+        f"\nOpen {sheet} to see the detected objects in the first {DEMO_PICTURES} of these images."
+        "\n\nTo use your own images, annotated in the layout of Pascal VOC or COCO:"
+        "\n  ssdcore train --data DATASET_FOLDER --output RUN_FOLDER"
+        "\n  ssdcore evaluate --weights RUN_FOLDER/model.safetensors --data DATASET_FOLDER --split test"
+        "\n  ssdcore detect --weights RUN_FOLDER/model.safetensors IMAGE ..."
     )
     return metrics
 
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder in the form of Pascal VOC or COCO.")],
+    data: Data,
     model: Annotated[str, typer.Option(help="ssd300_tiny or ssd300_vgg16.")] = "ssd300_tiny",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the run; by default runs/DATA-MODEL.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, _option("Folder for the run. Default: runs/DATASET-MODEL.")] = None,
     epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="By default 40 for ssd300_tiny, 120 for ssd300_vgg16, and more on a small set.", show_default=False
-        ),
+        int | None, _option("Default: 40 for ssd300_tiny; 120 for ssd300_vgg16, and more on a small dataset.")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="By default 16 for ssd300_tiny, 32 for ssd300_vgg16.", show_default=False)
-    ] = None,
+    batch_size: Annotated[int | None, _option("Default: 16 for ssd300_tiny, 32 for ssd300_vgg16.")] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Highest learning rate; by default 2e-3 for ssd300_tiny, 1e-3 for ssd300_vgg16.", show_default=False
-        ),
+        float | None, _option("Highest learning rate. Default: 2e-3 for ssd300_tiny, 1e-3 for ssd300_vgg16.")
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Start from these: a model.safetensors, of other classes too, or for ssd300_vgg16 the name of "
-            "torchvision's backbone weights, IMAGENET1K_FEATURES. By default from scratch.",
-            show_default=False,
-        ),
-    ] = None,
-    train_split: Annotated[
-        str | None, typer.Option(help="By default trainval where there is one, else train.", show_default=False)
-    ] = None,
-    val_split: Annotated[
-        str | None,
-        typer.Option(
-            help="Chooses the epoch to keep, by AP50; none: keep the last. By default val, unless the "
-            "training split is trainval.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation.", min=0)] = 0,
+    weights: InitialWeights = None,
+    train_split: Annotated[str | None, _option("Default: trainval if the dataset has it, otherwise train.")] = None,
+    val_split: ValSplit = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights, the order of the images and the augmentation.", min=0)
+    ] = 0,
     device: Device = "auto",
     workers: Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
 ) -> dict[str, Any]:
-    """Train a detector. An interrupted run continues with --resume, to the same end."""
-    from ssdcore.data import available_splits
-    from ssdcore.train import fit
-    from ssdcore.weights import load_model
+    """Train a detector.
 
-    splits = available_splits(data)
-    train_split, val_split = _choose_splits(splits, train_split, val_split)
-    train_set = _open(data, train_split)
-    val_set = None if val_split is None else _open(data, val_split, train_set.classes)
-    if val_set is not None and (shared := _images(train_set) & _images(val_set)):
-        raise ValueError(f"{val_split} must not be trained on: {len(shared)} of its images are in {train_split} too")
+    To continue an interrupted run, repeat the command with --resume. The result is the same as without interruption.
+    """
+    from ssdcore.train import fit
+
+    train_set, val_set = _open_train_and_val(data, train_split, val_split)
     output = output or Path("runs") / f"{data.resolve().name}-{model}"
-    if resume and (output / "model.safetensors").exists():
-        net, _ = load_model(output / "model.safetensors")  # built as the run's was, whatever that started from
-    else:
-        net = _initial_model(model, weights, train_set.classes, seed)
-    where = _device(device)
-    print(
-        f"training {model} for {', '.join(train_set.classes)} on {len(train_set)} images of {train_split}, "
-        f"on {where.type}; keeping "
-        + (f"the epoch with the best AP50 on {val_split}" if val_set else "the last epoch: no validation split")
-    )
+    net = _model_to_train(model, weights, train_set.classes, seed, output if resume else None)
+    torch_device = _device(device)
+    saved_epoch = f"the epoch with the best AP50 on {val_set.split}" if val_set else "the last epoch"
+    print(f"training {model} on {torch_device.type} with {len(train_set)} images of {train_set.split}")
+    print(f"classes: {', '.join(train_set.classes)}; weights to save: those of {saved_epoch}")
     try:
         record = fit(
             net,
@@ -175,32 +161,31 @@ def train(
             lr=lr,
             seed=seed,
             workers=_share_cores(workers),
-            device=where,
+            device=torch_device,
             resume=resume,
         )
     except KeyboardInterrupt:
         if (output / "last.pt").exists():
-            print(f"\nstopped; {output} holds the run as last saved: continue with --resume")
+            print(f"\ninterrupted; {output} contains the run so far. To continue, repeat the command (train: --resume)")
         raise typer.Exit(130) from None
     best = record["epochs"][record["best"] - 1]
-    chosen = f"best AP50 on {val_split}, {_score(best['val']['AP50'])}" if val_set else "the last"
+    chosen = f"best AP50 on {val_set.split}, {_score(best['val']['AP50'])}" if val_set else "the last"
     print(f"wrote {output / 'model.safetensors'} (epoch {best['epoch']}: {chosen}), metrics.json and loss.png")
     return record
 
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Option(help="model.safetensors of a run.")],
-    data: Annotated[Path, typer.Option(help="Folder in the form of Pascal VOC or COCO.")],
-    split: Annotated[str, typer.Option(help="The split to score.")] = "test",
+    weights: Weights,
+    data: Data,
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for metrics.json; by default SPLIT beside the weights.", show_default=False),
+        Path | None, _option("Folder for metrics.json. Default: a folder beside the weights, named as the split.")
     ] = None,
     device: Device = "auto",
     workers: Workers = None,
 ) -> dict[str, Any]:
-    """Score a detector: COCO's average precisions and Pascal VOC's."""
+    """Evaluate a detector with the metrics of COCO and Pascal VOC."""
     from ssdcore.data import open_dataset
     from ssdcore.detect import detect_dataset
     from ssdcore.evaluate import evaluate_detections
@@ -209,15 +194,18 @@ def evaluate(
     model, classes = load_model(weights, _device(device))
     dataset = _open(data, split)
     if dataset.classes != classes:
-        theirs = ", ".join(dataset.classes)
+        dataset_classes = ", ".join(dataset.classes)
         try:
-            dataset = open_dataset(data, split, classes)  # the same by name, in another order or more of them
+            # This works if the model knows all classes that occur in the split, in any order.
+            dataset = open_dataset(data, split, classes)
         except ValueError as error:
-            raise ValueError(f"{weights} knows the classes {', '.join(classes)}; {data} has {theirs}") from error
+            raise ValueError(
+                f"the classes of {weights} must include those of {data}, {dataset_classes}; got {', '.join(classes)}"
+            ) from error
     metrics = evaluate_detections(dataset, detect_dataset(model, dataset, workers=_share_cores(workers)))
     output = output or weights.parent / split
-    about = {"weights": str(weights), "data": str(data), "split": split, "images": len(dataset)}
-    _write_json(output / "metrics.json", about | metrics)
+    inputs = {"weights": str(weights), "data": str(data), "split": split, "images": len(dataset)}
+    _write_json(output / "metrics.json", inputs | metrics)
     for name, value in metrics["AP50_per_class"].items():
         print(f" AP50 of {name}: {_score(value)}")
     print(f"wrote {output / 'metrics.json'}")
@@ -226,17 +214,19 @@ def evaluate(
 
 @app.command()
 def detect(
-    images: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.")],
-    weights: Annotated[Path, typer.Option(help="model.safetensors of a run.")],
-    output: Annotated[Path, typer.Option(help="Folder for pictures and detections.json.")] = Path("detections"),
-    score_threshold: Annotated[float, typer.Option(help="Leave out what scores less.", min=0, max=1)] = 0.5,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of image files.")],
+    weights: Weights,
+    output: Annotated[Path, typer.Option(help="Folder for pictures and JSON files.")] = Path("detections"),
+    score_threshold: Annotated[float, typer.Option(help="Leave out objects with a lower score.", min=0, max=1)] = 0.5,
     device: Device = "auto",
 ) -> list[Path]:
-    """Find objects in photographs: draws them, and writes them in COCO's form for results.
+    """Detect objects in images. Draws them, and writes them in COCO's results format.
 
-    detections.json holds image_id, category_id (the class's number in the data set that the detector was trained
-    on), bbox (x, y, width, height in pixels) and score; images.json tells which file has which image_id, and which
-    class which category_id.
+    detections.json has image_id, category_id, bbox (x, y, width, height in pixels) and score of each object.
+
+    category_id is the id of the class in the dataset that the model was trained on.
+
+    images.json has the file of each image_id and the class name of each category_id.
     """
     from ssdcore.detect import detect_files
     from ssdcore.draw import draw_detections
@@ -248,45 +238,64 @@ def detect(
     model.score_threshold = score_threshold
     output.mkdir(parents=True, exist_ok=True)
     photographs = _photographs(images)
-    taken = {path.resolve() for path in photographs}  # a picture never replaces a photograph, nor another picture
+    used_paths = {path.resolve() for path in photographs}  # a picture must replace no photograph and no other picture
     errors: list[str] = []
     files: list[dict[str, Any]] = []
-    pictures: dict[Path, None] = {}  # in order
-    found = {}
-    for path, photograph, one in detect_files(model, photographs, errors.append):
-        picture, number = output / f"{path.stem}.jpg", 1
-        while picture.resolve() in taken:
-            number += 1
-            picture = output / f"{path.stem}-{number}.jpg"
-        taken.add(picture.resolve())
-        draw_detections(photograph, **one, classes=classes).save(picture, quality=95)
-        pictures[picture] = None
-        found[len(pictures)] = one
-        files.append({"id": len(pictures), "file_name": str(path), "picture": picture.name})
-    _write_json(output / "detections.json", to_coco_results(ids, found))
-    categories = [{"id": number, "name": name} for number, name in zip(ids, classes, strict=True)]
+    pictures: list[Path] = []
+    detected_by_image_id = {}
+    for image_id, (path, photograph, detected) in enumerate(detect_files(model, photographs, errors.append), start=1):
+        picture = _unused_path(output, path.stem, used_paths)
+        used_paths.add(picture.resolve())
+        draw_detections(photograph, **detected, classes=classes).save(picture, quality=95)
+        pictures.append(picture)
+        detected_by_image_id[image_id] = detected
+        files.append({"id": image_id, "file_name": str(path), "picture": picture.name})
+    _write_json(output / "detections.json", to_coco_results(ids, detected_by_image_id))
+    categories = [{"id": category_id, "name": name} for category_id, name in zip(ids, classes, strict=True)]
     _write_json(output / "images.json", {"images": files, "categories": categories})
-    count = sum(len(one["scores"]) for one in found.values())
+    count = sum(len(detected["scores"]) for detected in detected_by_image_id.values())
     print(f"wrote {len(pictures)} pictures with {count} objects, detections.json and images.json to {output}")
     if errors:
         print("\n".join(f"error: {error}" for error in errors), file=sys.stderr)
         raise typer.Exit(1)
-    return list(pictures)
+    return pictures
+
+
+def _open_train_and_val(
+    data: Path, train_split: str | None, val_split: str | None
+) -> "tuple[DetectionDataset, DetectionDataset | None]":
+    """Open the splits to train and to validate on. They must not share an image."""
+    from ssdcore.data import available_splits
+
+    train_split, val_split = _choose_splits(available_splits(data), train_split, val_split)
+    train_set = _open(data, train_split)
+    if val_split is None:
+        return train_set, None
+    val_set = _open(data, val_split, train_set.classes)
+    if shared := _image_paths(train_set) & _image_paths(val_set):
+        raise ValueError(
+            f"val-split must share no image with train-split, but {len(shared)} images of {val_split} "
+            f"are also in {train_split}"
+        )
+    return train_set, val_set
 
 
 def _choose_splits(splits: list[str], train_split: str | None, val_split: str | None) -> tuple[str, str | None]:
-    """The splits to train on and to choose weights by, where None was asked for."""
+    """The splits to train and to validate on, with the defaults where None is given. "none" means no validation."""
     train_split = train_split or ("trainval" if "trainval" in splits else "train")
     if val_split is None and train_split != "trainval":
         val_split = next((name for name in ("val", "valid", "validation") if name in splits), None)
     if val_split == "none":
         val_split = None
     if val_split is not None and val_split.lower().startswith("test"):
-        raise ValueError(f"val-split must not be {val_split}: weights chosen by it would make its score worthless")
+        raise ValueError(
+            f"val-split must not be a test split, got {val_split}: the score on a split that chose the weights "
+            "says nothing about other images"
+        )
     return train_split, val_split
 
 
-def _images(dataset: "DetectionDataset") -> set[Path]:
+def _image_paths(dataset: "DetectionDataset") -> set[Path]:
     return {dataset.image_path(i) for i in range(len(dataset))}
 
 
@@ -295,7 +304,7 @@ def _score(value: float | None) -> str:
 
 
 def _open(data: Path, split: str, classes: "Sequence[str] | None" = None) -> "DetectionDataset":
-    """Open a split, and tell once what is wrong with it."""
+    """Open a split, and print the first problems in its annotations."""
     from ssdcore.data import open_dataset
 
     dataset = open_dataset(data, split, classes)
@@ -307,14 +316,19 @@ def _open(data: Path, split: str, classes: "Sequence[str] | None" = None) -> "De
     return dataset
 
 
-def _initial_model(name: str, weights: str | None, classes: "Sequence[str]", seed: int) -> "SSD":
-    """A model to train: from a file, on a pretrained backbone, or from scratch."""
+def _model_to_train(
+    name: str, weights: str | None, classes: "Sequence[str]", seed: int, resumed_run: Path | None
+) -> "SSD":
+    """The model to train: of a resumed run, from a file, with a pretrained backbone, or with random weights."""
     import torch
     from torchvision.models import VGG16_Weights
 
     from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS
-    from ssdcore.weights import fine_tuned
+    from ssdcore.weights import fine_tuned, load_model
 
+    if resumed_run is not None and (resumed_run / "model.safetensors").exists():
+        # `weights` is not read again: the file may be gone, and the run's own file describes the same model.
+        return load_model(resumed_run / "model.safetensors")[0]
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     torch.manual_seed(seed)
@@ -323,11 +337,11 @@ def _initial_model(name: str, weights: str | None, classes: "Sequence[str]", see
         return MODELS[name](num_classes, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     if name == "ssd300_vgg16" and weights in VGG16_Weights.__members__:
         return MODELS[name](num_classes, weights_backbone=weights)
-    model, fresh = fine_tuned(weights, classes)
+    model, not_loaded = fine_tuned(weights, classes)
     if model.name != name:
-        raise ValueError(f"{weights} holds a {model.name}, not a {name}")
-    if fresh:
-        print(f"{weights} is of other classes: {len(fresh)} tensors of the classification head start afresh")
+        raise ValueError(f"model must be {model.name}, the model in {weights}, got {name}")
+    if not_loaded:
+        print(f"{weights} has other classes: {len(not_loaded)} tensors of the classification head start at random")
     return model
 
 
@@ -337,7 +351,7 @@ def _device(name: str) -> "torch.device":
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu or auto: there is no GPU that this PyTorch can use")
+        raise ValueError("device must be cpu or auto, got cuda: PyTorch finds no GPU that it can use")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -347,8 +361,11 @@ def usable_cores() -> int:
 
 
 def _share_cores(workers: int | None) -> int:
-    """How many workers, leaving them cores of their own: threads that wait for one another in every layer slow
-    down twentyfold where anything else wants their core."""
+    """Divide the CPU cores between workers and PyTorch's threads. Return the number of workers.
+
+    PyTorch gets only the cores that the workers leave free. Its threads wait for one another in every layer, so that
+    training becomes up to twenty times slower if another process uses the core of one of them.
+    """
     import torch
 
     cores = usable_cores()
@@ -359,16 +376,25 @@ def _share_cores(workers: int | None) -> int:
 
 
 def _photographs(paths: list[Path]) -> list[Path]:
-    """The files, and for a folder the images in it, by name."""
+    """The given files; for a folder, the image files in it, sorted by name."""
     from ssdcore.data import IMAGE_SUFFIXES
 
-    found = []
+    photographs = []
     for path in paths:
-        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if path.is_dir() and not inside:
+        files_in_folder = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if path.is_dir() and not files_in_folder:
             raise ValueError(f"no images in {path}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        found += inside if path.is_dir() else [path]
-    return found
+        photographs += files_in_folder if path.is_dir() else [path]
+    return photographs
+
+
+def _unused_path(folder: Path, stem: str, used_paths: set[Path]) -> Path:
+    """`folder/stem.jpg`, or the first of `folder/stem-2.jpg`, `folder/stem-3.jpg`, ... that is not in `used_paths`."""
+    path, number = folder / f"{stem}.jpg", 1
+    while path.resolve() in used_paths:
+        number += 1
+        path = folder / f"{stem}-{number}.jpg"
+    return path
 
 
 def _contact_sheet(pictures: list[Path], path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The command line, from data to pictures, on a set so small that it learns nothing."""
+"""The command line, from a dataset to pictures, on a dataset that is too small to learn from."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an untrained model that knows the shapes by name."""
+    """The saved weights of an untrained model whose classes are the shapes."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_weights(ssd300_tiny(4), path, SHAPES)
     return path
 
 
-def test_train_then_evaluate_then_detect(shapes: Path, tmp_path: Path) -> None:
+def test_train_and_evaluate_write_their_files(shapes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--device", "cpu", "--workers", 0]
     result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, "--batch-size", 4, *options)
@@ -54,7 +54,7 @@ def test_train_then_evaluate_then_detect(shapes: Path, tmp_path: Path) -> None:
     metrics = json.loads((run / "val" / "metrics.json").read_text())
     assert metrics["images"] == 4 and {"AP", "AP50", "AP75", "VOC07"} <= metrics.keys()
     assert set(metrics["AP50_per_class"]) == set(SHAPES)
-    assert json.loads((run / "metrics.json").read_text())["best"] == 1  # the run's own record is untouched
+    assert json.loads((run / "metrics.json").read_text())["best"] == 1  # evaluate did not replace the record of the run
 
     result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, *options)
     assert isinstance(result.exception, ValueError) and "contains a run already" in str(result.exception)
@@ -71,30 +71,29 @@ def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_p
         "detect", folder, folder / "more" / "noise.jpg", "--weights", weights, "--output", output,
         "--score-threshold", 0.02, "--device", "cpu",
     )  # fmt: skip
-    # The broken one is named and fails the command, but not the others.
+    # The broken file is named and the command fails, but the other files are processed.
     assert result.exit_code == 1 and f"{folder / 'broken.jpg'}: cannot be read as an image" in result.output
-    about = json.loads((output / "images.json").read_text())
-    images = about["images"]
+    images = json.loads((output / "images.json").read_text())["images"]
     assert [image["id"] for image in images] == [1, 2]
     assert [Path(image["file_name"]).name for image in images] == ["noise.png", "noise.jpg"]
     assert [image["picture"] for image in images] == ["noise.jpg", "noise-2.jpg"]
     assert [Image.open(output / image["picture"]).size for image in images] == [(400, 250), (120, 500)]
 
     detections = json.loads((output / "detections.json").read_text())
-    assert {one["image_id"] for one in detections} == {1, 2}
-    for one in detections:
-        x, y, width, height = one["bbox"]
-        right, bottom = {1: (400, 250), 2: (120, 500)}[one["image_id"]]
+    assert {result["image_id"] for result in detections} == {1, 2}
+    for result in detections:
+        x, y, width, height = result["bbox"]
+        right, bottom = {1: (400, 250), 2: (120, 500)}[result["image_id"]]
         assert x >= 0 and y >= 0 and x + width <= right + 1e-3 and y + height <= bottom + 1e-3
-        assert one["score"] > 0.02 and one["category_id"] in (1, 2, 3)
+        assert result["score"] > 0.02 and result["category_id"] in (1, 2, 3)
 
 
-def test_evaluate_refuses_other_classes(weights: Path, shapes: Path, tmp_path: Path) -> None:
+def test_evaluate_raises_value_error_if_the_model_lacks_a_class(weights: Path, shapes: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_weights(ssd300_tiny(3), other, ["cat", "dog"])
     result = invoke("evaluate", "--weights", other, "--data", shapes, "--split", "val", "--device", "cpu")
     assert isinstance(result.exception, ValueError)
-    assert "knows the classes cat, dog" in str(result.exception) and "circle" in str(result.exception)
+    assert "got cat, dog" in str(result.exception) and "circle" in str(result.exception)
 
 
 def test_training_starts_from_given_weights(shapes: Path, tmp_path: Path) -> None:
@@ -114,12 +113,12 @@ def test_training_starts_from_given_weights(shapes: Path, tmp_path: Path) -> Non
     )
     trained, classes = load_model(tmp_path / "run" / "model.safetensors")
     assert classes == SHAPES
-    key = "backbone.stages.1.0.0.weight"
-    torch.testing.assert_close(trained.state_dict()[key], start.state_dict()[key])
+    name = "backbone.stages.1.0.0.weight"
+    torch.testing.assert_close(trained.state_dict()[name], start.state_dict()[name])
 
 
 @pytest.mark.parametrize(
-    ("splits", "asked", "expected"),
+    ("splits", "given", "expected"),
     [
         (["test", "train", "trainval", "val"], (None, None), ("trainval", None)),
         (["train", "val"], (None, None), ("train", "val")),
@@ -128,41 +127,43 @@ def test_training_starts_from_given_weights(shapes: Path, tmp_path: Path) -> Non
         (["train", "trainval", "val"], ("train", None), ("train", "val")),
     ],
 )
-def test_default_splits(splits: list[str], asked: tuple[Any, Any], expected: tuple[str, str | None]) -> None:
-    assert cli._choose_splits(splits, *asked) == expected
+def test_splits_default_to_trainval_alone_or_to_train_with_val(
+    splits: list[str], given: tuple[Any, Any], expected: tuple[str, str | None]
+) -> None:
+    assert cli._choose_splits(splits, *given) == expected
 
 
 @pytest.mark.parametrize("val_split", ["test", "test2017", "Test"])
-def test_weights_are_never_chosen_by_the_test_split(val_split: str) -> None:
+def test_the_test_split_cannot_choose_the_weights(val_split: str) -> None:
     with pytest.raises(ValueError, match="val-split must not be"):
         cli._choose_splits(["test", "train", "trainval", "val"], "train", val_split)
 
 
-def test_weights_are_never_chosen_by_images_trained_on(shapes: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train must not be trained on: 8 of its images are in train too"):
+def test_training_images_cannot_choose_the_weights(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="share no image with train-split, but 8 images of train are also in train"):
         cli.train(shapes, output=tmp_path / "run", train_split="train", val_split="train", device="cpu")
 
 
-def test_a_picture_never_replaces_the_photograph(weights: Path, tmp_path: Path) -> None:
+def test_pictures_never_replace_photographs(weights: Path, tmp_path: Path) -> None:
     Image.effect_noise((60, 50), 90).save(tmp_path / "photo.jpg")
     before = (tmp_path / "photo.jpg").read_bytes()
     assert cli.detect([tmp_path], weights, tmp_path, device="cpu") == [tmp_path / "photo-2.jpg"]
     assert (tmp_path / "photo.jpg").read_bytes() == before
 
 
-def test_detections_bear_the_category_ids_of_the_data(tmp_path: Path) -> None:
+def test_detections_have_the_category_ids_of_the_training_dataset(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_weights(ssd300_tiny(3), tmp_path / "model.safetensors", ["cat", "dog"], [17, 90])
     Image.effect_noise((60, 50), 90).save(tmp_path / "photo.jpg")
     output = tmp_path / "found"
     cli.detect([tmp_path / "photo.jpg"], tmp_path / "model.safetensors", output, score_threshold=0.1, device="cpu")
     detections = json.loads((output / "detections.json").read_text())
-    assert detections and {one["category_id"] for one in detections} <= {17, 90}
+    assert detections and {result["category_id"] for result in detections} <= {17, 90}
     categories = json.loads((output / "images.json").read_text())["categories"]
     assert categories == [{"id": 17, "name": "cat"}, {"id": 90, "name": "dog"}]
 
 
-def test_a_resumed_run_needs_no_start_weights(shapes: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_need_the_initial_weights(shapes: Path, tmp_path: Path) -> None:
     save_weights(ssd300_tiny(4, image_std=(0.5, 0.5, 0.5)), tmp_path / "start.safetensors", SHAPES)
     settings: dict[str, Any] = {
         "output": tmp_path / "run", "val_split": "none", "epochs": 1, "batch_size": 8, "device": "cpu", "workers": 0
@@ -173,7 +174,7 @@ def test_a_resumed_run_needs_no_start_weights(shapes: Path, tmp_path: Path) -> N
     assert load_model(tmp_path / "run" / "model.safetensors")[0].image_std.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_what_a_worker_says_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_from_workers_are_printed_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ValueError(
             "Caught ValueError in DataLoader worker process 0.\nTraceback ...\nValueError: a.jpg: truncated"
@@ -185,7 +186,7 @@ def test_what_a_worker_says_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch)
     assert stopped.value.code == "error: ValueError: a.jpg: truncated"
 
 
-def test_problems_of_a_dataset_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_of_a_dataset_are_printed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_synthetic(tmp_path / "shapes", train=3, val=1, progress=False)
     path = data / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
@@ -193,11 +194,11 @@ def test_problems_of_a_dataset_are_told_once(tmp_path: Path, capsys: pytest.Capt
         annotation["bbox"][2] = 0
     path.write_text(json.dumps(content))
     cli._open(data, "train")
-    told = capsys.readouterr().out
-    assert told.startswith("5 problems in train") and told.count("no area") == 3 and "and 2 more" in told
+    printed = capsys.readouterr().out
+    assert printed.startswith("5 problems in train") and printed.count("no area") == 3 and "and 2 more" in printed
 
 
-def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> None:
+def test_errors_are_printed_as_one_line(monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path) -> None:
     arguments = ["ssdcore", "evaluate", "--weights", str(weights), "--data", str(tmp_path), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match=r"^error: no dataset in"):
@@ -211,7 +212,7 @@ def test_the_demo_can_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for _ in range(2):
         metrics = cli.demo(output=tmp_path / "demo", device="cpu", workers=0)
         assert 0 <= metrics["AP50"] <= 1
-    assert Image.open(tmp_path / "demo" / "detections.png").width > 900  # three pictures of 300 pixels
+    assert Image.open(tmp_path / "demo" / "detections.png").width > 900  # three pictures of 300 pixels side by side
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -232,14 +233,14 @@ def test_help_names_every_command_without_importing_torch() -> None:
     assert "| torch\n" not in result.stderr
 
 
-def test_a_missing_extra_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['pycocotools'] = None; sys.argv = ['ssdcore']; import runpy; "
     result = run_python("-c", hide + "runpy.run_module('ssdcore', run_name='__main__')")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "need pycocotools: pip install 'ssdcore[train]'" in result.stderr
 
 
-def test_importing_ssdcore_imports_nothing_heavy() -> None:
+def test_importing_ssdcore_does_not_import_torch_numpy_or_typer() -> None:
     code = "import sys, ssdcore; print([m for m in ('torch', 'numpy', 'typer') if m in sys.modules])"
     assert run_python("-c", code).stdout.strip() == "[]"
     assert "SSD" in run_python("-c", "import ssdcore; print(ssdcore.SSD.__name__)").stdout
