@@ -1,4 +1,4 @@
-"""torchvision's own SSD on the ops of `ssdcore.kernels`: `accelerate(model)`."""
+"""Run torchvision's own SSD models on the operators of `ssdcore.kernels`: `accelerate(model)`."""
 
 import torch
 from torch import Tensor
@@ -6,32 +6,34 @@ from torchvision.models.detection import _utils
 from torchvision.models.detection.ssd import SSD
 
 from ssdcore.kernels import match_anchors, multibox_loss, postprocess_detections
+from ssdcore.objects import DetectedObjects, Target
 
 
 def accelerate(model: SSD) -> SSD:
-    """Give a torchvision SSD a loss and a postprocess that treat the whole batch at once.
+    """Replace the loss and the postprocess of a torchvision SSD with operators that process the whole batch at once.
 
-    The same weights, calls, targets and results; what differs is told in the README. Any
-    `torchvision.models.detection` SSD will do: ssd300_vgg16, ssdlite320_mobilenet_v3_large, your own.
+    Weights, calls, targets and results stay the same, except for the differences that the README lists. This works for
+    every SSD of `torchvision.models.detection`: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or a model of your own.
 
     Args:
-        model: is changed, not copied; its settings (thresholds, ratio, top-k) are obeyed.
+        model: changed in place, not copied. Its settings (thresholds, ratio of negatives, top-k) stay in force, and
+            may still be changed afterwards.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: it is no torchvision SSD.
+        TypeError: `model` is not a torchvision SSD.
     """
     if not isinstance(model, SSD):
         raise TypeError(f"model must be a torchvision SSD, got {type(model).__name__}")
     model.__class__ = AcceleratedSSD
-    model.proposal_matcher = _MatchLater(model.proposal_matcher.high_threshold)
+    model.proposal_matcher = _DeferredMatcher(model.proposal_matcher.high_threshold)
     return model
 
 
-class _MatchLater(_utils.Matcher):
-    """Stands in torchvision's loop over images; `compute_loss` matches them all at once."""
+class _DeferredMatcher(_utils.Matcher):
+    """Does nothing when torchvision's loop calls it for each image, because `compute_loss` matches all images."""
 
     def __init__(self, iou_threshold: float) -> None:
         super().__init__(iou_threshold, iou_threshold)
@@ -41,36 +43,38 @@ class _MatchLater(_utils.Matcher):
 
 
 class AcceleratedSSD(SSD):
-    """What `accelerate` makes of a torchvision SSD."""
+    """A torchvision SSD after `accelerate`."""
 
     def compute_loss(
         self,
-        targets: list[dict[str, Tensor]],
+        targets: list[Target],
         head_outputs: dict[str, Tensor],
         anchors: list[Tensor],
         matched_idxs: list[Tensor | None],
     ) -> dict[str, Tensor]:
+        """Match the anchors with the targets and compute the losses. `matched_idxs` is ignored."""
         device = head_outputs["cls_logits"].device
         counts = [len(target["labels"]) for target in targets]
         gt_offsets = torch.tensor([0, *counts]).cumsum(0).to(device, non_blocking=True)  # [B + 1]
         gt_boxes = torch.cat([target["boxes"] for target in targets]).float()  # [T, 4] xyxy
         gt_labels = torch.cat([target["labels"] for target in targets])  # [T]
-        matched = match_anchors(gt_boxes, gt_offsets, anchors[0], self.proposal_matcher.high_threshold)
+        batch_anchors = anchors[0]  # [A, 4] xyxy; the same for all images, because torchvision resizes them to one size
         return multibox_loss(
             head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
-            matched,
+            match_anchors(gt_boxes, gt_offsets, batch_anchors, self.proposal_matcher.high_threshold),
             gt_boxes,
             gt_labels,
             gt_offsets,
-            anchors[0],  # torchvision resizes every image to one size: all have the same
+            batch_anchors,
             weights=self.box_coder.weights,
             neg_pos_ratio=self.neg_to_pos_ratio,
         )._asdict()
 
     def postprocess_detections(
         self, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[DetectedObjects]:
+        """Return the detected objects of each image, in pixels of the resized image."""
         logits = head_outputs["cls_logits"]
         boxes, scores, labels, counts = postprocess_detections(
             logits,
@@ -85,5 +89,5 @@ class AcceleratedSSD(SSD):
         )
         return [
             {"boxes": boxes[b, :count], "scores": scores[b, :count], "labels": labels[b, :count]}
-            for b, count in enumerate(counts.tolist())  # the one wait for the GPU
+            for b, count in enumerate(counts.tolist())  # the only wait for the GPU
         ]

@@ -1,4 +1,4 @@
-"""torchvision's SSD before and after `accelerate`: the same numbers."""
+"""torchvision's SSD gives the same numbers before and after `accelerate`."""
 
 import copy
 import pickle
@@ -25,53 +25,54 @@ def model() -> SSD:
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    # One look at the images: unless normalised, the features of an untrained backbone vanish, and all scores tie.
+    # One forward pass sets the statistics of the batch normalisations. Without them, the features of an untrained
+    # backbone vanish and all scores tie.
     with torch.no_grad():
         model.train()(IMAGES, TARGETS)
     return model
 
 
-def test_the_same_losses_and_gradients(model: SSD) -> None:
+def test_losses_and_gradients_stay_the_same(model: SSD) -> None:
     results = []
-    for one in (copy.deepcopy(model).train(), accelerate(copy.deepcopy(model)).train()):
-        losses = one(IMAGES, TARGETS)
+    for variant in (copy.deepcopy(model).train(), accelerate(copy.deepcopy(model)).train()):
+        losses = variant(IMAGES, TARGETS)
         (losses["classification"] + 0.7 * losses["bbox_regression"]).backward()
-        gradients = torch.cat([p.grad.flatten() for p in one.head.parameters()])
+        gradients = torch.cat([p.grad.flatten() for p in variant.head.parameters()])
         results.append(({name: loss.detach() for name, loss in losses.items()}, gradients))
-    (expected, expected_gradients), (found, gradients) = results
-    assert set(found) == set(expected)
+    (expected, expected_gradients), (actual, gradients) = results
+    assert set(actual) == set(expected)
     for name, loss in expected.items():
-        assert_close(found[name], loss, scale=10)
+        assert_close(actual[name], loss, scale=10)
     assert_close(gradients, expected_gradients, scale=10)
 
 
-def test_the_same_detections(model: SSD) -> None:
-    expected, found = model.eval()(IMAGES), accelerate(copy.deepcopy(model)).eval()(IMAGES)
-    for a, b in zip(found, expected, strict=True):
+def test_detected_objects_stay_the_same(model: SSD) -> None:
+    expected, actual = model.eval()(IMAGES), accelerate(copy.deepcopy(model)).eval()(IMAGES)
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a["labels"], b["labels"])
         assert len(a["labels"]) > 0
         assert_close(a["scores"], b["scores"])
         assert_close(a["boxes"], b["boxes"], scale=300)
 
 
-def test_it_stays_a_torchvision_model(model: SSD) -> None:
-    fast = accelerate(copy.deepcopy(model))
-    assert isinstance(fast, SSD)
-    fast.load_state_dict(model.state_dict())
-    assert list(pickle.loads(pickle.dumps(fast)).state_dict()) == list(model.state_dict())
+def test_an_accelerated_model_is_still_a_torchvision_model(model: SSD) -> None:
+    accelerated = accelerate(copy.deepcopy(model))
+    assert isinstance(accelerated, SSD)
+    accelerated.load_state_dict(model.state_dict())
+    assert list(pickle.loads(pickle.dumps(accelerated)).state_dict()) == list(model.state_dict())
 
 
-def test_settings_are_obeyed(model: SSD) -> None:
-    fast = accelerate(copy.deepcopy(model)).eval()
-    fast.detections_per_img = 3
-    assert [len(one["labels"]) for one in fast(IMAGES)] == [3, 3]
+def test_settings_changed_afterwards_take_effect(model: SSD) -> None:
+    accelerated = accelerate(copy.deepcopy(model)).eval()
+    accelerated.detections_per_img = 3
+    assert [len(detected["labels"]) for detected in accelerated(IMAGES)] == [3, 3]
 
 
-def test_anything_else_is_refused() -> None:
+def test_other_models_raise_type_error() -> None:
     with pytest.raises(TypeError, match="model must be a torchvision SSD, got Linear"):
         accelerate(torch.nn.Linear(1, 1))
 
 
-def test_vgg_as_well() -> None:
-    fast = accelerate(ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4)).train()
-    assert fast(IMAGES, TARGETS)["classification"].isfinite()
+def test_ssd300_vgg16_can_be_accelerated() -> None:
+    accelerated = accelerate(ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4)).train()
+    assert accelerated(IMAGES, TARGETS)["classification"].isfinite()
