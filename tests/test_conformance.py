@@ -1,4 +1,4 @@
-"""The kernels against the oracles, on problems drawn by Hypothesis; and the suite itself against broken ops."""
+"""The operators conform to the oracles, and the conformance suite detects broken operators."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,22 +17,22 @@ NAMES = sorted(set(kernels.__all__) - {"Detections", "MultiBoxLoss"})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_the_oracle(name: str, path: Path) -> None:
+def test_operator_agrees_with_the_oracle(name: str, path: Path) -> None:
     check = getattr(conformance, f"check_{name}")
     check(getattr(kernels, name), device=path.device, max_examples=path.max_examples)
 
 
-def test_torchvision_conforms_where_it_says_the_same() -> None:
+def test_torchvisions_nms_and_box_iou_conform() -> None:
     conformance.check_nms(torchvision.ops.nms)
     conformance.check_box_iou(torchvision.ops.box_iou)
 
 
 @pytest.fixture
 def without_shrinking() -> Iterator[None]:
-    """That there is a counterexample is enough; making it small takes a minute."""
+    """Let Hypothesis stop at the first failing problem, because making the problem small takes a minute."""
     profile = settings.get_current_profile_name()
-    settings.register_profile("find", settings.get_profile(profile), phases=[Phase.generate])
-    settings.load_profile("find")
+    settings.register_profile("without_shrinking", settings.get_profile(profile), phases=[Phase.generate])
+    settings.load_profile("without_shrinking")
     yield
     settings.load_profile(profile)
 
@@ -41,27 +41,29 @@ def _nms_suppressing_at_the_threshold(boxes: Tensor, scores: Tensor, iou_thresho
     return kernels.nms(boxes, scores, iou_threshold - 1e-6)
 
 
-def _nms_forgetting_its_ties(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def _nms_with_ties_in_descending_index_order(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return len(boxes) - 1 - kernels.nms(boxes.flip(0), scores.flip(0), iou_threshold)
 
 
-def _match_first_claim_stands(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float) -> Tensor:
+def _match_with_first_claim_winning(
+    gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_threshold: float
+) -> Tensor:
     matched = kernels.match_anchors(gt_boxes, gt_offsets, anchors, iou_threshold)
     counts = gt_offsets.diff()[:, None]
-    flipped = [own.flip(0) for own in gt_boxes.split(gt_offsets.diff().tolist())]
-    other = kernels.match_anchors(torch.cat([gt_boxes[:0], *flipped]), gt_offsets, anchors, iou_threshold)
-    return torch.where(matched >= 0, counts - 1 - other, matched)
+    flipped = [image_gt_boxes.flip(0) for image_gt_boxes in gt_boxes.split(gt_offsets.diff().tolist())]
+    flipped_matched = kernels.match_anchors(torch.cat([gt_boxes[:0], *flipped]), gt_offsets, anchors, iou_threshold)
+    return torch.where(matched >= 0, counts - 1 - flipped_matched, matched)
 
 
-def _loss_mining_too_few(*args: Any, neg_pos_ratio: float, **settings: Any) -> Any:
+def _loss_with_too_few_negatives(*args: Any, neg_pos_ratio: float, **settings: Any) -> Any:
     return kernels.multibox_loss(*args, neg_pos_ratio=max(0.0, neg_pos_ratio - 0.7), **settings)
 
 
-def _loss_with_half_its_gradient(*args: Any, **settings: Any) -> Any:
+def _loss_with_half_the_gradient(*args: Any, **settings: Any) -> Any:
     return [0.5 * (loss + loss.detach()) for loss in kernels.multibox_loss(*args, **settings)]
 
 
-def _postprocess_unclipped(*args: Any, image_sizes: Tensor, **settings: Any) -> Any:
+def _postprocess_without_clipping(*args: Any, image_sizes: Tensor, **settings: Any) -> Any:
     return kernels.postprocess_detections(*args, image_sizes=torch.full_like(image_sizes, 10**6), **settings)
 
 
@@ -69,15 +71,15 @@ def _postprocess_unclipped(*args: Any, image_sizes: Tensor, **settings: Any) -> 
     ("check", "broken"),
     [
         (conformance.check_nms, _nms_suppressing_at_the_threshold),
-        (conformance.check_nms, _nms_forgetting_its_ties),
+        (conformance.check_nms, _nms_with_ties_in_descending_index_order),
         (conformance.check_batched_nms, lambda boxes, scores, idxs, iou: kernels.nms(boxes, scores, iou)),
-        (conformance.check_batched_nms, torchvision.ops.batched_nms),  # negative coordinates
-        (conformance.check_match_anchors, _match_first_claim_stands),
-        (conformance.check_multibox_loss, _loss_mining_too_few),
-        (conformance.check_multibox_loss, _loss_with_half_its_gradient),
-        (conformance.check_postprocess_detections, _postprocess_unclipped),
+        (conformance.check_batched_nms, torchvision.ops.batched_nms),  # wrong for negative coordinates
+        (conformance.check_match_anchors, _match_with_first_claim_winning),
+        (conformance.check_multibox_loss, _loss_with_too_few_negatives),
+        (conformance.check_multibox_loss, _loss_with_half_the_gradient),
+        (conformance.check_postprocess_detections, _postprocess_without_clipping),
     ],
 )
-def test_the_suite_finds_what_is_broken(check: Any, broken: Any, without_shrinking: None) -> None:
+def test_the_suite_detects_broken_operators(check: Any, broken: Any, without_shrinking: None) -> None:
     with pytest.raises(AssertionError):
         check(broken, max_examples=1000)

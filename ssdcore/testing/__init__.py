@@ -1,7 +1,14 @@
-"""What it takes to prove a detection op right: oracles, Hypothesis strategies, a tolerance policy, a conformance suite.
+"""Test any implementation of a detection operator, not only this project's.
+
+- `conformance`: one check per operator of `ssdcore.kernels`. A check draws random problems, runs the given function on
+  them and compares the results with the oracle. It raises AssertionError with a small problem that fails.
+- `reference`: the oracles, which are the same operators in NumPy float64. They need only NumPy.
+- `strategies`: Hypothesis strategies that generate the problems.
+- `close`: how close floating-point results must be.
 
     from ssdcore.testing import conformance
-    conformance.check_nms(my_nms)  # raises AssertionError with the smallest counterexample found
+    conformance.check_nms(my_nms)
+    conformance.check_nms(my_nms, device="cuda", max_examples=1000)
 
-`reference` needs NumPy alone; `strategies` and `conformance` need Hypothesis (`pip install 'ssdcore[test]'`).
+`strategies` and `conformance` need Hypothesis: `pip install 'ssdcore[test]'`.
 """

@@ -1,7 +1,7 @@
-"""The oracles: every op written to be obviously right, in NumPy float64, one box at a time.
+"""The oracles: every operator in NumPy float64, one box at a time, written so that it is obviously correct.
 
-They share nothing with the implementations that they judge. Contracts are those of the functions of the same name in
-`ssdcore.kernels`; arguments are anything `numpy.asarray` takes, results are NumPy arrays.
+An oracle has the contract of the function with the same name in `ssdcore.kernels`, and shares no code with it. The
+arguments are NumPy arrays, and the results are float64 and integer NumPy arrays.
 """
 
 import math
@@ -12,15 +12,16 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MAX_LOG_SCALE = math.log(1000 / 16)
+MAX_LOG_SCALE = math.log(1000 / 16)  # limit of the decoded dw and dh, as in torchvision's BoxCoder
 
 
 def float64(values: Any) -> Array:
+    """Convert `values` to a float64 array."""
     return np.asarray(values, dtype=np.float64)
 
 
 def iou(box1: Array, box2: Array) -> float:
-    """Intersection over union of two boxes, xyxy."""
+    """Return the intersection over union of two boxes, xyxy. The result is NaN if it is 0/0."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = float64(box1), float64(box2)
     with np.errstate(invalid="ignore", divide="ignore"):
         width = np.maximum(np.minimum(ax2, bx2) - np.maximum(ax1, bx1), 0)
@@ -31,6 +32,7 @@ def iou(box1: Array, box2: Array) -> float:
 
 
 def box_iou(boxes1: Array, boxes2: Array) -> Array:
+    """Return the IoU of every pair of boxes, [N, M], for boxes [N, 4] and [M, 4] xyxy."""
     out = np.empty((len(boxes1), len(boxes2)))
     for i, box1 in enumerate(boxes1):
         for j, box2 in enumerate(boxes2):
@@ -39,16 +41,18 @@ def box_iou(boxes1: Array, boxes2: Array) -> Array:
 
 
 def by_score(scores: Array) -> list[int]:
-    """Indices by descending score; NaN first; equal scores by index."""
+    """Return the indices of `scores` in descending order of score. NaN comes first; ties are in order of index."""
     values = [float(score) for score in scores]
     return sorted(range(len(values)), key=lambda i: (not math.isnan(values[i]), -values[i], i))
 
 
 def nms(boxes: Array, scores: Array, iou_threshold: float) -> Array:
+    """Return the indices of the boxes that greedy NMS keeps, by descending score."""
     return batched_nms(boxes, scores, np.zeros(len(boxes), dtype=np.int64), iou_threshold)
 
 
 def batched_nms(boxes: Array, scores: Array, idxs: Array, iou_threshold: float) -> Array:
+    """Return the indices of the boxes that greedy NMS within each class keeps, by descending score over all classes."""
     kept: list[int] = []
     for i in by_score(scores):
         if not any(idxs[i] == idxs[j] and iou(boxes[i], boxes[j]) > iou_threshold for j in kept):
@@ -64,21 +68,28 @@ def batched_nms_padded(
     max_output: int,
     score_threshold: float | None = None,
 ) -> tuple[Array, Array]:
+    """Apply `batched_nms` to each image of a batch.
+
+    Returns:
+        The indices of the first `max_output` kept boxes of each image, int64 [B, max_output] padded with -1; and how
+        many there are, int32 [B].
+    """
     out = np.full((len(boxes), max_output), -1, dtype=np.int64)
     count = np.zeros(len(boxes), dtype=np.int32)
     for b in range(len(boxes)):
-        candidates = np.array(
+        passing = np.array(
             [i for i, score in enumerate(scores[b]) if score_threshold is None or score > score_threshold],
             dtype=np.int64,
         )
-        classes = np.zeros(len(candidates)) if idxs is None else idxs[b][candidates]
-        kept = batched_nms(boxes[b][candidates], scores[b][candidates], classes, iou_threshold)[:max_output]
-        out[b, : len(kept)] = candidates[kept]
+        classes = np.zeros(len(passing)) if idxs is None else idxs[b][passing]
+        kept = batched_nms(boxes[b][passing], scores[b][passing], classes, iou_threshold)[:max_output]
+        out[b, : len(kept)] = passing[kept]
         count[b] = len(kept)
     return out, count
 
 
 def encode_boxes(boxes: Array, anchors: Array, weights: Sequence[float] = (10, 10, 5, 5)) -> Array:
+    """Return the deltas of boxes [..., 4] relative to anchors [..., 4], both xyxy."""
     boxes, anchors = np.broadcast_arrays(float64(boxes), float64(anchors))
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     centre, anchor_centre = (boxes[..., :2] + boxes[..., 2:]) / 2, (anchors[..., :2] + anchors[..., 2:]) / 2
@@ -89,6 +100,7 @@ def encode_boxes(boxes: Array, anchors: Array, weights: Sequence[float] = (10, 1
 
 
 def decode_boxes(deltas: Array, anchors: Array, weights: Sequence[float] = (10, 10, 5, 5)) -> Array:
+    """Return the boxes [..., 4] xyxy for deltas [..., 4] relative to anchors [..., 4] xyxy."""
     deltas = float64(deltas) / float64(weights)
     deltas, anchors = np.broadcast_arrays(deltas, float64(anchors))
     anchor_size, anchor_centre = (
@@ -101,22 +113,23 @@ def decode_boxes(deltas: Array, anchors: Array, weights: Sequence[float] = (10, 
 
 
 def match_anchors(gt_boxes: Array, gt_offsets: Array, anchors: Array, iou_threshold: float = 0.5) -> Array:
+    """Return the index of each anchor's ground truth within its image, or -1, int64 [B, A]."""
     batch = len(gt_offsets) - 1
     matched = np.full((batch, len(anchors)), -1, dtype=np.int64)
     for b in range(batch):
-        own = gt_boxes[gt_offsets[b] : gt_offsets[b + 1]]
-        # As fp32, as the contract has it: quotients that differ beyond its last bit are equal.
-        overlaps = np.nan_to_num(box_iou(own, anchors), nan=0.0).clip(min=0).astype(np.float32)  # [G, A]
+        image_gt_boxes = gt_boxes[gt_offsets[b] : gt_offsets[b + 1]]
+        # Rounded to fp32 as the contract requires: IoUs that differ only in float64 are equal.
+        overlaps = np.nan_to_num(box_iou(image_gt_boxes, anchors), nan=0.0).clip(min=0).astype(np.float32)  # [G, A]
         if overlaps.size == 0:
             continue
         for a in range(len(anchors)):
-            best = int(overlaps[:, a].argmax())  # the first of equals
-            if overlaps[best, a] >= iou_threshold:
-                matched[b, a] = best
-        for g in range(len(own)):
-            best = int(overlaps[g].argmax())
-            if overlaps[g, best] > 0:
-                matched[b, best] = g
+            best_gt = int(overlaps[:, a].argmax())  # argmax returns the first of equal values
+            if overlaps[best_gt, a] >= iou_threshold:
+                matched[b, a] = best_gt
+        for gt_index in range(len(image_gt_boxes)):
+            best_anchor = int(overlaps[gt_index].argmax())
+            if overlaps[gt_index, best_anchor] > 0:
+                matched[b, best_anchor] = gt_index
     return matched
 
 
@@ -125,17 +138,28 @@ def _smooth_l1(difference: Array, beta: float) -> float:
 
 
 def cross_entropy(logits: Array, label: int) -> float:
+    """Return the softmax cross-entropy of one anchor's logits [C] with `label`."""
     logits = float64(logits)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        top = logits.max()
-        return float(np.log(np.exp(logits - top).sum()) + top - logits[label])
+        highest = logits.max()
+        return float(np.log(np.exp(logits - highest).sum()) + highest - logits[label])
 
 
 def mined_anchors(hardness: Array, positive: Array, neg_pos_ratio: float, min_negatives: int) -> list[int]:
-    """The hardest non-positive anchors of an image, NaN first, equal ones by index."""
-    wanted = math.ceil(np.float32(neg_pos_ratio) * np.float32(positive.sum()))
+    """Return the negative anchors that one image adds to the classification loss.
+
+    Args:
+        hardness: [A], the cross-entropy of each negative with the background. The values of positives are ignored.
+        positive: bool [A].
+        neg_pos_ratio: negatives per positive.
+        min_negatives: at least this many, if there are as many.
+
+    Returns:
+        The hardest negatives, NaN first; ties are in order of index.
+    """
+    count = math.ceil(np.float32(neg_pos_ratio) * np.float32(positive.sum()))
     negatives = [a for a in by_score(hardness) if not positive[a]]
-    return negatives[: max(wanted, min_negatives)]
+    return negatives[: max(count, min_negatives)]
 
 
 def multibox_loss(
@@ -153,38 +177,40 @@ def multibox_loss(
     min_negatives: int = 0,
     normalizer: str = "batch",
 ) -> tuple[float, float]:
+    """Return the classification loss and the box regression loss, for logits [B, A, C] and deltas [B, A, 4]."""
     batch, num_anchors, num_classes = cls_logits.shape
     classification, regression, positives = np.zeros(batch), np.zeros(batch), np.zeros(batch)
     for b in range(batch):
-        own_boxes = gt_boxes[gt_offsets[b] : gt_offsets[b + 1]]
-        own_labels = gt_labels[gt_offsets[b] : gt_offsets[b + 1]]
+        image_gt_boxes = gt_boxes[gt_offsets[b] : gt_offsets[b + 1]]
+        image_gt_labels = gt_labels[gt_offsets[b] : gt_offsets[b + 1]]
         positive = matched_idxs[b] >= 0
         losses = np.zeros(num_anchors)
         for a in range(num_anchors):
-            g = matched_idxs[b, a]
-            if g < 0:
+            gt_index = matched_idxs[b, a]
+            if gt_index < 0:
                 losses[a] = cross_entropy(cls_logits[b, a], 0)
-            elif g < len(own_labels) and 1 <= own_labels[g] < num_classes:
-                losses[a] = cross_entropy(cls_logits[b, a], own_labels[g])
-                target = encode_boxes(own_boxes[g], anchors[a], weights)
-                regression[b] += _smooth_l1(float64(box_deltas[b, a]) - target, beta)
+            elif gt_index < len(image_gt_labels) and 1 <= image_gt_labels[gt_index] < num_classes:
+                losses[a] = cross_entropy(cls_logits[b, a], image_gt_labels[gt_index])
+                gt_deltas = encode_boxes(image_gt_boxes[gt_index], anchors[a], weights)
+                regression[b] += _smooth_l1(float64(box_deltas[b, a]) - gt_deltas, beta)
             else:
                 losses[a] = regression[b] = math.nan
-        chosen = [*np.flatnonzero(positive), *mined_anchors(losses, positive, neg_pos_ratio, min_negatives)]
-        classification[b] = math.nan if np.isnan(losses).any() else sum(losses[a] for a in chosen)
+        selected = [*np.flatnonzero(positive), *mined_anchors(losses, positive, neg_pos_ratio, min_negatives)]
+        classification[b] = math.nan if np.isnan(losses).any() else sum(losses[a] for a in selected)
         positives[b] = positive.sum()
     if normalizer == "batch":
         total = max(1, positives.sum())
         return float(classification.sum() / total), float(regression.sum() / total)
-    some = positives > 0
-    images = max(1, batch)  # the mean over no image is 0
+    has_positives = positives > 0
+    num_images = max(1, batch)  # at least 1, so that the mean over an empty batch is 0
     return (
-        float((classification[some] / positives[some]).sum() / images),
-        float((regression[some] / positives[some]).sum() / images),
+        float((classification[has_positives] / positives[has_positives]).sum() / num_images),
+        float((regression[has_positives] / positives[has_positives]).sum() / num_images),
     )
 
 
 def softmax(logits: Array) -> Array:
+    """Return the softmax over the last dimension."""
     logits = float64(logits)
     with np.errstate(invalid="ignore"):
         power = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -203,6 +229,12 @@ def postprocess_detections(
     topk_candidates: int = 400,
     max_detections: int = 200,
 ) -> tuple[Array, Array, Array, Array]:
+    """Detect objects from logits [B, A, C] and deltas [B, A, 4].
+
+    Returns:
+        Boxes [B, D, 4] xyxy, scores [B, D], labels [B, D] and the number of detections [B], with D = `max_detections`.
+        Within an image, detections are sorted by descending score, and padded with zeros and label -1.
+    """
     batch, num_anchors, num_classes = cls_logits.shape
     boxes = np.zeros((batch, max_detections, 4))
     scores = np.zeros((batch, max_detections))
@@ -211,16 +243,16 @@ def postprocess_detections(
     for b in range(batch):
         probability = softmax(cls_logits[b])
         height, width = image_sizes[b]
-        found = []  # (score, class, box)
+        kept = []  # (score, class, box)
         for c in range(1, num_classes):
-            passing = [a for a in range(num_anchors) if probability[a, c] > score_threshold]
-            best = [passing[i] for i in by_score(probability[passing, c])][:topk_candidates]
+            candidates = [a for a in range(num_anchors) if probability[a, c] > score_threshold]
+            best = [candidates[i] for i in by_score(probability[candidates, c])][:topk_candidates]
             decoded = decode_boxes(box_deltas[b, best], anchors[best], weights)
             decoded = np.clip(decoded, 0, [width, height, width, height])
             for i in nms(decoded, probability[best, c], iou_threshold):
-                found.append((probability[best[i], c], c, decoded[i]))
-        kept = [found[i] for i in by_score(np.array([score for score, _, _ in found]))][:max_detections]
-        count[b] = len(kept)
-        for d, (score, c, box) in enumerate(kept):
+                kept.append((probability[best[i], c], c, decoded[i]))
+        top = [kept[i] for i in by_score(np.array([score for score, _, _ in kept]))][:max_detections]
+        count[b] = len(top)
+        for d, (score, c, box) in enumerate(top):
             boxes[b, d], scores[b, d], labels[b, d] = box, score, c
     return boxes, scores, labels, count

@@ -1,9 +1,14 @@
-"""Hypothesis strategies: problems for detection ops on which the right answer is beyond dispute.
+"""Hypothesis strategies that generate problems for detection operators, with unambiguous correct answers.
 
-Coordinates are integers up to 1024 and IoU thresholds multiples of 1/4, so that areas, unions and comparisons with a
-threshold are exact in fp32 and two right implementations give *equal* indices. Boxes crowd together, so that many
-overlap; some repeat, have no area, are inverted, or hold NaN and infinity; scores repeat. Every problem is a dict of
-NumPy arrays and settings, named as the arguments of the function in `ssdcore.kernels`.
+A problem is a dict of NumPy arrays and settings, with the names of the arguments of the function in `ssdcore.kernels`.
+`conformance.to_tensors` turns the arrays into tensors, so that `function(**to_tensors(problem))` is a valid call.
+
+Coordinates are integers up to 1024 in magnitude and IoU thresholds are multiples of 1/4. With such numbers, areas,
+unions and comparisons with a threshold are exact in fp32, so that two correct implementations return *equal* indices.
+
+The problems contain what usually goes wrong: boxes lie close together so that many overlap; some boxes are repeated,
+have no area, have swapped corners, or contain NaN or infinity; scores repeat; images have no ground truths; inputs are
+empty.
 """
 
 from typing import Any
@@ -14,14 +19,19 @@ from hypothesis import strategies as st
 
 from ssdcore.testing.reference import Array, decode_boxes, softmax
 
-COORDINATE = 1024  # largest coordinate: unions stay below 2**22, exact in fp32 with two bits to spare for a quarter
-thresholds = st.sampled_from([0.25, 0.5, 0.75])
+# Largest coordinate. Unions stay below 2**22, so that fp32 (24 bits) represents them exactly with two bits to spare for
+# the product with a quarter.
+COORDINATE = 1024
+thresholds = st.sampled_from([0.25, 0.5, 0.75])  # for IoU
 generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
 @st.composite
 def proper_boxes(draw: st.DrawFn, count: int) -> Array:
-    """fp32 [count, 4] xyxy with positive area, in a crowd of random tightness, negative coordinates included."""
+    """Boxes fp32 [count, 4] xyxy with positive area.
+
+    Their x1, y1 lie within 4, 40 or 512 pixels of the origin on each axis, and no side is longer, so many overlap.
+    """
     rng = draw(generators)
     spread = draw(st.sampled_from([4, 40, COORDINATE // 2]))
     corner = rng.integers(-spread, spread + 1, (count, 2))
@@ -31,7 +41,10 @@ def proper_boxes(draw: st.DrawFn, count: int) -> Array:
 
 @st.composite
 def any_boxes(draw: st.DrawFn, count: int) -> Array:
-    """`proper_boxes`, among them repeated, empty, inverted, NaN and infinite ones."""
+    """Boxes fp32 [count, 4] as in `proper_boxes`, up to six of them changed.
+
+    A changed box repeats another one, has no area, has swapped corners, or has a NaN or infinite coordinate.
+    """
     boxes = draw(proper_boxes(count))
     oddities = st.sampled_from(["repeat", "empty", "inverted", "nan", "inf", "-inf"])
     for oddity in draw(st.lists(oddities, max_size=min(count, 6))):
@@ -50,18 +63,19 @@ def any_boxes(draw: st.DrawFn, count: int) -> Array:
 
 @st.composite
 def any_scores(draw: st.DrawFn, shape: tuple[int, ...]) -> Array:
-    """fp32 scores in 0..1 with ties, now and then both zeros, NaN and infinity."""
+    """Scores fp32 in 0..1 with ties. In half of the problems, some are 0.0, -0.0, NaN or infinite."""
     rng = draw(generators)
-    levels = draw(st.sampled_from([2, 10, 10**6]))
-    scores = (rng.integers(0, levels, shape) / levels).astype(np.float32)
+    num_values = draw(st.sampled_from([2, 10, 10**6]))  # few values give many ties
+    scores = (rng.integers(0, num_values, shape) / num_values).astype(np.float32)
     if draw(st.booleans()):
-        odd = rng.choice(np.array([np.nan, np.inf, -np.inf, 0.0, -0.0], dtype=np.float32), shape)
-        scores = np.where(rng.random(shape) < 0.1, odd, scores)
+        special = rng.choice(np.array([np.nan, np.inf, -np.inf, 0.0, -0.0], dtype=np.float32), shape)
+        scores = np.where(rng.random(shape) < 0.1, special, scores)
     return scores
 
 
 @st.composite
 def box_iou_problems(draw: st.DrawFn, max_boxes: int = 40) -> dict[str, Any]:
+    """For `box_iou`: two lists of `any_boxes`."""
     return {
         "boxes1": draw(st.integers(0, max_boxes).flatmap(any_boxes)),
         "boxes2": draw(st.integers(0, max_boxes).flatmap(any_boxes)),
@@ -70,7 +84,10 @@ def box_iou_problems(draw: st.DrawFn, max_boxes: int = 40) -> dict[str, Any]:
 
 @st.composite
 def nms_problems(draw: st.DrawFn, max_boxes: int = 70, by_class: bool = False) -> dict[str, Any]:
-    """For `nms`, or with `by_class` for `batched_nms`."""
+    """For `nms`: `any_boxes` and `any_scores`. With `by_class`, for `batched_nms`.
+
+    The class ids `idxs` are small, negative, or multiples of a million.
+    """
     count = draw(st.integers(0, max_boxes))
     problem = {"boxes": draw(any_boxes(count)), "scores": draw(any_scores((count,)))}
     if by_class:
@@ -82,7 +99,10 @@ def nms_problems(draw: st.DrawFn, max_boxes: int = 70, by_class: bool = False) -
 
 @st.composite
 def padded_nms_problems(draw: st.DrawFn, max_boxes: int = 40) -> dict[str, Any]:
-    """For `batched_nms_padded`."""
+    """For `batched_nms_padded`: a batch of up to three images, with and without classes and a score threshold.
+
+    `max_output` may be 0, and may exceed the number of boxes.
+    """
     batch, count = draw(st.integers(0, 3)), draw(st.integers(0, max_boxes))
     boxes = draw(any_boxes(batch * count)).reshape(batch, count, 4)
     idxs = draw(generators).integers(0, 3, (batch, count)) if draw(st.booleans()) else None
@@ -98,14 +118,14 @@ def padded_nms_problems(draw: st.DrawFn, max_boxes: int = 40) -> dict[str, Any]:
 
 @st.composite
 def ragged(draw: st.DrawFn, max_images: int = 3, max_truths: int = 6) -> Array:
-    """int32 or int64 [B + 1] offsets of a batch's ground truths; images without any among them."""
+    """The offsets of a batch's ground truths, int32 or int64 [B + 1]. Images may have none, and B may be 0."""
     counts = draw(st.lists(st.integers(0, max_truths), max_size=max_images))
     return np.cumsum([0, *counts], dtype=draw(st.sampled_from([np.int32, np.int64])))
 
 
 @st.composite
 def match_problems(draw: st.DrawFn, max_anchors: int = 60) -> dict[str, Any]:
-    """For `match_anchors`: ground truths and anchors of every kind, many sharing their best anchor."""
+    """For `match_anchors`: ground truths and anchors from `any_boxes`. Many ground truths share their best anchor."""
     gt_offsets = draw(ragged())
     return {
         "gt_boxes": draw(any_boxes(int(gt_offsets[-1]))),
@@ -117,7 +137,7 @@ def match_problems(draw: st.DrawFn, max_anchors: int = 60) -> dict[str, Any]:
 
 @st.composite
 def codec_problems(draw: st.DrawFn) -> dict[str, Any]:
-    """Boxes [B, A, 4] and anchors [A, 4], all with area."""
+    """For `encode_boxes`: boxes [B, A, 4] and anchors [A, 4], all from `proper_boxes`."""
     batch, num_anchors = draw(st.integers(0, 3)), draw(st.integers(0, 40))
     return {
         "boxes": draw(proper_boxes(batch * num_anchors)).reshape(batch, num_anchors, 4),
@@ -127,28 +147,31 @@ def codec_problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def loss_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, Any]:
-    """For `multibox_loss`: from no positive at all to nothing but positives, equal rows of logits, wrong labels."""
+    """For `multibox_loss`: from no positives to only positives, equal logits of several anchors, invalid labels.
+
+    In up to a fifth of the problems, a label or a match is out of range. If an anchor uses it, both losses are NaN.
+    """
     rng = draw(generators)
     gt_offsets = draw(ragged())
-    batch, num_truths = len(gt_offsets) - 1, int(gt_offsets[-1])
+    batch, num_gt = len(gt_offsets) - 1, int(gt_offsets[-1])
     num_anchors, num_classes = draw(st.integers(0, max_anchors)), draw(st.integers(2, 6))
     logits = rng.normal(size=(batch, num_anchors, num_classes)) * draw(st.sampled_from([0.1, 3.0, 30.0]))
     if num_anchors and draw(st.booleans()):
         logits = logits[:, rng.integers(0, num_anchors, num_anchors)]
-    share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))  # of positives
+    positive_share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     matched = rng.integers(0, 2**30, (batch, num_anchors)) % np.maximum(np.diff(gt_offsets), 1)[:, None]
-    positive = (rng.random((batch, num_anchors)) < share) & (np.diff(gt_offsets) > 0)[:, None]
-    labels = rng.integers(1, num_classes, num_truths)
-    wrong = draw(st.sampled_from([None] * 8 + ["label", "match"]))
-    if wrong == "label" and num_truths:
-        labels[draw(st.integers(0, num_truths - 1))] = draw(st.sampled_from([-1, 0, num_classes]))
-    elif wrong == "match" and num_anchors and batch:
-        matched[0, 0], positive[0, 0] = np.diff(gt_offsets)[0], True  # one past the image's last
+    positive = (rng.random((batch, num_anchors)) < positive_share) & (np.diff(gt_offsets) > 0)[:, None]
+    labels = rng.integers(1, num_classes, num_gt)
+    invalid = draw(st.sampled_from([None] * 8 + ["label", "match"]))
+    if invalid == "label" and num_gt:
+        labels[draw(st.integers(0, num_gt - 1))] = draw(st.sampled_from([-1, 0, num_classes]))
+    elif invalid == "match" and num_anchors and batch:
+        matched[0, 0], positive[0, 0] = np.diff(gt_offsets)[0], True  # one past the image's last ground truth
     return {
         "cls_logits": logits.astype(np.float32),
         "box_deltas": rng.normal(size=(batch, num_anchors, 4)).astype(np.float32),
         "matched_idxs": np.where(positive, matched, -1),
-        "gt_boxes": draw(proper_boxes(num_truths)),
+        "gt_boxes": draw(proper_boxes(num_gt)),
         "gt_labels": labels,
         "gt_offsets": gt_offsets,
         "anchors": draw(proper_boxes(num_anchors)),
@@ -161,14 +184,15 @@ def loss_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, Any]:
 
 @st.composite
 def postprocess_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, Any]:
-    """For `postprocess_detections`: boxes are the anchors themselves, moved by whole anchor sizes at the most.
+    """For `postprocess_detections`: each decoded box is its anchor, moved by at most its own size.
 
-    Zero and whole-size offsets decode to integers, so that NMS and clipping are exact.
+    On each axis, the move is 0 or exactly one size. Therefore boxes decode to integer coordinates, and NMS and clipping
+    are exact. Scores are equal, or differ by more than rounding errors, from one another and from the threshold.
     """
     rng = draw(generators)
     batch, num_anchors = draw(st.integers(0, 2)), draw(st.integers(0, max_anchors))
     num_classes = draw(st.integers(1, 4))
-    # Even sizes: half of one is an integer.
+    # Sizes are even, so that half a size is an integer.
     anchors = 2 * np.round(draw(proper_boxes(num_anchors)) / 2)
     anchors[:, 2:] = np.maximum(anchors[:, 2:], anchors[:, :2] + 2)
     deltas = np.zeros((batch, num_anchors, 4), dtype=np.float32)
@@ -179,9 +203,9 @@ def postprocess_problems(draw: st.DrawFn, max_anchors: int = 40) -> dict[str, An
     sizes = np.array([[draw(st.integers(1, COORDINATE)), draw(st.integers(1, COORDINATE))] for _ in range(batch)])
     threshold = draw(st.sampled_from([0.0, 0.01, 0.3]))
     for image in logits.astype(np.float32):
-        # Scores are equal, or further apart than rounding: the order of near ties is nobody's to judge.
-        steps = np.unique(np.append(softmax(image)[:, 1:], threshold))
-        assume((np.diff(steps) > 1e-6 * steps[1:]).all())
+        # The order of scores that differ only by rounding errors is not defined, so there must be none.
+        values = np.unique(np.append(softmax(image)[:, 1:], threshold))
+        assume((np.diff(values) > 1e-6 * values[1:]).all())
     problem = {
         "cls_logits": logits.astype(np.float32),
         "box_deltas": deltas,
