@@ -1,4 +1,4 @@
-"""The detector on a GPU: trained, resumed, saved, loaded, and the same answers as on the CPU."""
+"""The detector on a GPU: training, resuming, CUDA graphs, memory, and agreement with the CPU."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ssdcore.weights import load_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_train_resume_and_detect(tmp_path: Path) -> None:
+def test_a_model_trains_resumes_and_detects_on_the_gpu(tmp_path: Path) -> None:
     data = make_synthetic(tmp_path / "shapes", train=16, val=4, progress=False)
     train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     settings = {"batch_size": 8, "workers": 2, "device": "cuda", "quiet": True}
@@ -28,7 +28,7 @@ def test_train_resume_and_detect(tmp_path: Path) -> None:
     assert set(detect_dataset(model, val_set, quiet=True)) == set(val_set.image_ids.tolist())
 
 
-def test_vgg_takes_a_step_in_bf16(tmp_path: Path) -> None:
+def test_vgg_trains_in_bf16(tmp_path: Path) -> None:
     data = make_synthetic(tmp_path / "shapes", train=8, val=1, progress=False)
     record = fit(
         ssd300_vgg16(4),
@@ -42,19 +42,19 @@ def test_vgg_takes_a_step_in_bf16(tmp_path: Path) -> None:
     assert torch.tensor(record["epochs"][0]["classification"]).isfinite()
 
 
-def test_the_same_answers_as_on_the_cpu() -> None:
+def test_head_outputs_agree_with_the_cpu() -> None:
     torch.manual_seed(0)
     model = ssd300_tiny(4).eval()
     images = [torch.rand(3, 200, 300), torch.rand(3, 90, 80)]
     with torch.no_grad():
         expected = model.predict(model.resize(images))
         model.cuda()
-        found = model.predict(model.resize([image.cuda() for image in images]))
-    for a, b in zip(expected[0] + expected[1], found[0] + found[1], strict=True):
-        torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)  # convolutions in TF32
+        actual = model.predict(model.resize([image.cuda() for image in images]))
+    for a, b in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-2, atol=1e-2)  # the GPU may use TF32 in convolutions
 
 
-def test_targets_may_lie_on_either_device() -> None:
+def test_targets_may_be_on_the_cpu_or_the_gpu() -> None:
     model = ssd300_tiny(4).cuda().train()
     images = torch.rand(2, 3, 300, 300, device="cuda")
     targets = [
@@ -68,8 +68,8 @@ def test_targets_may_lie_on_either_device() -> None:
         torch.testing.assert_close(loss, losses[name])
 
 
-def test_the_whole_criterion_is_captured_with_its_gradients() -> None:
-    # Matching, loss and gradients of all six maps, replayed for other images than were captured.
+def test_a_cuda_graph_can_capture_matching_loss_and_gradients() -> None:
+    # The graph is captured with the maps of some images and replayed with those of others.
     model = ssd300_tiny(4)
     anchors = model.anchors.cuda()
     shapes = [(4, 38), (6, 19), (6, 10), (6, 5), (4, 3), (4, 1)]
@@ -86,39 +86,39 @@ def test_the_whole_criterion_is_captured_with_its_gradients() -> None:
         offsets = torch.tensor([0, seed, 5])
         return *maps, [x.cuda() for x in (gt_boxes, torch.tensor([1, 2, 3, 1, 2]), offsets)]
 
-    def criterion(logits: list[Tensor], deltas: list[Tensor], truth: list[Tensor]) -> list[Tensor]:
+    def criterion(logits: list[Tensor], deltas: list[Tensor], ground_truth: list[Tensor]) -> list[Tensor]:
         leaves = [x.requires_grad_() for x in (*logits, *deltas)]
-        matched = match_anchors(truth[0], truth[2], anchors)
-        losses = multibox_loss(logits, deltas, matched, *truth, anchors)
+        matched = match_anchors(ground_truth[0], ground_truth[2], anchors)
+        losses = multibox_loss(logits, deltas, matched, *ground_truth, anchors)
         return [*losses, *torch.autograd.grad(losses.classification + losses.bbox_regression, leaves)]
 
-    given = problem(1)
+    captured = problem(1)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        criterion(*given)  # compiles the kernels
+        criterion(*captured)  # compiles the kernels
         torch.cuda.set_sync_debug_mode("error")
         try:
-            criterion(*given)
+            criterion(*captured)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = criterion(*given)
+        results = criterion(*captured)
     other = problem(4)
     with torch.no_grad():
-        for mine, theirs in zip(given, other, strict=True):
-            for x, y in zip(mine, theirs, strict=True):
+        for captured_tensors, other_tensors in zip(captured, other, strict=True):
+            for x, y in zip(captured_tensors, other_tensors, strict=True):
                 x.copy_(y)
     graph.replay()
-    for a, b in zip(found, criterion(*other), strict=True):
+    for a, b in zip(results, criterion(*other), strict=True):
         assert torch.equal(a, b)
-    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in found[2:])
+    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in results[2:])
 
 
 @torch.no_grad()
-def test_the_whole_inference_is_captured() -> None:
+def test_a_cuda_graph_can_capture_the_whole_inference() -> None:
     model = ssd300_tiny(4).eval().cuda().to(memory_format=torch.channels_last)
     batch, other = (torch.rand(2, 3, 300, 300, device="cuda") for _ in range(2))
 
@@ -128,7 +128,7 @@ def test_the_whole_inference_is_captured() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        infer()  # compiles the kernels, chooses convolutions
+        infer()  # compiles the kernels and chooses the algorithms of the convolutions
         torch.cuda.set_sync_debug_mode("error")
         try:
             infer()
@@ -137,11 +137,11 @@ def test_the_whole_inference_is_captured() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = infer()
+        results = infer()
     batch.copy_(other)
     graph.replay()
-    for a, b in zip(found, infer(), strict=True):
-        torch.testing.assert_close(a, b)  # convolutions may differ in their last bits
+    for a, b in zip(results, infer(), strict=True):
+        torch.testing.assert_close(a, b)  # convolutions may differ in the last bits
 
 
 @torch.no_grad()
@@ -152,15 +152,15 @@ def test_inference_compiles_with_cuda_graphs() -> None:
         return model.postprocess(*model.predict(batch))
 
     compiled = torch.compile(infer, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):  # warm up, record, replay
+    for _ in range(4):  # the first calls warm up and record, the later ones replay
         batch = torch.rand(2, 3, 300, 300, device="cuda")
-        found, expected = compiled(batch), infer(batch)
-        assert torch.equal(found.num_detections, expected.num_detections)
-        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-2, atol=1e-3)  # fused convolutions in TF32
+        actual, expected = compiled(batch), infer(batch)
+        assert torch.equal(actual.num_detections, expected.num_detections)
+        torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-2, atol=1e-3)  # fused convolutions in TF32
 
 
-def test_a_training_step_makes_no_copy_of_its_maps() -> None:
-    # Beyond the gradients: 9 bytes an anchor and the matches, not the megabytes of a packed copy.
+def test_the_loss_does_not_copy_the_head_outputs() -> None:
+    # Besides the gradients, the loss allocates 9 bytes per anchor and the matches, not the megabytes of a packed copy.
     anchors = ssd300_tiny(4).anchors.cuda()
     shapes = [(4, 38), (6, 19), (6, 10), (6, 5), (4, 3), (4, 1)]
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -185,5 +185,5 @@ def test_a_training_step_makes_no_copy_of_its_maps() -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         grads = step()
-        made = sum(grad.numel() * grad.element_size() for grad in grads)
-        assert torch.cuda.max_memory_allocated() - before < made + 8 * 8732 * 16 + 2**20
+        grad_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
+        assert torch.cuda.max_memory_allocated() - before < grad_bytes + 8 * 8732 * 16 + 2**20
