@@ -1,14 +1,14 @@
 """The objects of one image as plain dicts: `Target` for the annotated ones, `DetectedObjects` for the detected ones.
 
-Both have one entry per object in every tensor, and label 0 is the background. The keys are those of torchvision's
-detectors and of torchmetrics, so that values pass between them unchanged.
+Every tensor has one entry per object. Label 0 is the background and does not occur. The dicts have the names that
+torchvision's detectors and torchmetrics use, so that they can be exchanged with both.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-# The ground truth of one image. `SSD` needs these keys and ignores others:
+# The ground truth of one image. `SSD` needs these entries and ignores others:
 #   boxes: float [G, 4] xyxy in pixels of the image
 #   labels: int64 [G] in 1..num_classes - 1
 # `DetectionDataset` adds:

@@ -66,7 +66,7 @@ def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_p
     Image.effect_noise((400, 250), 90).save(folder / "noise.png")
     Image.effect_noise((120, 500), 90).save(folder / "more" / "noise.jpg")
     (folder / "broken.jpg").write_bytes(b"not an image")
-    output = tmp_path / "found"
+    output = tmp_path / "detections"
     result = invoke(
         "detect", folder, folder / "more" / "noise.jpg", "--weights", weights, "--output", output,
         "--score-threshold", 0.02, "--device", "cpu",
@@ -155,7 +155,7 @@ def test_detections_have_the_category_ids_of_the_training_dataset(tmp_path: Path
     torch.manual_seed(0)
     save_weights(ssd300_tiny(3), tmp_path / "model.safetensors", ["cat", "dog"], [17, 90])
     Image.effect_noise((60, 50), 90).save(tmp_path / "photo.jpg")
-    output = tmp_path / "found"
+    output = tmp_path / "detections"
     cli.detect([tmp_path / "photo.jpg"], tmp_path / "model.safetensors", output, score_threshold=0.1, device="cpu")
     detections = json.loads((output / "detections.json").read_text())
     assert detections and {result["category_id"] for result in detections} <= {17, 90}

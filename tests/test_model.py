@@ -37,28 +37,30 @@ def images(seed: int = 0) -> list[Tensor]:
 def pair() -> Iterator[tuple[Any, SSD]]:
     """torchvision's model and this project's model with the same random weights."""
     torch.manual_seed(0)
-    theirs = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
+    torchvision_model = torchvision.models.detection.ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=NUM_CLASSES
+    )
     with torch.no_grad():
         # Random weights on pixels in 0..255 give logits in the hundreds, so that all scores would be 1 and tie.
-        for conv in theirs.head.classification_head.module_list:
+        for conv in torchvision_model.head.classification_head.module_list:
             conv.weight.mul_(0.01)
-        for conv in theirs.head.regression_head.module_list:
+        for conv in torchvision_model.head.regression_head.module_list:
             conv.weight.mul_(0.01)
-    ours = ssd300_vgg16(NUM_CLASSES)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    yield theirs.eval(), ours.eval()
+    model = ssd300_vgg16(NUM_CLASSES)
+    model.load_state_dict(torchvision_model.state_dict(), strict=True)
+    yield torchvision_model.eval(), model.eval()
 
 
 @torch.no_grad()
 def test_vgg_head_outputs_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
-    theirs, ours = pair
-    batch = ours.resize(images())
-    expected_batch = theirs.transform(images())[0].tensors
+    torchvision_model, model = pair
+    batch = model.resize(images())
+    expected_batch = torchvision_model.transform(images())[0].tensors
     torch.testing.assert_close(batch, expected_batch, rtol=0, atol=0)
 
-    expected = theirs.head(list(theirs.backbone(expected_batch).values()))
+    expected = torchvision_model.head(list(torchvision_model.backbone(expected_batch).values()))
     for maps, columns, name in zip(
-        ours.predict(batch), (NUM_CLASSES, 4), ("cls_logits", "bbox_regression"), strict=True
+        model.predict(batch), (NUM_CLASSES, 4), ("cls_logits", "bbox_regression"), strict=True
     ):
         flat = [m.unflatten(1, (-1, columns)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
         torch.testing.assert_close(torch.cat(flat, dim=1), expected[name], rtol=1e-4, atol=1e-4)
@@ -66,8 +68,8 @@ def test_vgg_head_outputs_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
 
 @torch.no_grad()
 def test_vgg_detected_objects_equal_torchvisions(pair: tuple[Any, SSD]) -> None:
-    theirs, ours = pair
-    for expected, got in zip(theirs(images(1)), ours(images(1)), strict=True):
+    torchvision_model, model = pair
+    for expected, got in zip(torchvision_model(images(1)), model(images(1)), strict=True):
         assert len(got["scores"]) > 50  # otherwise this test would compare almost nothing
         assert got["labels"].tolist() == expected["labels"].tolist()
         torch.testing.assert_close(got["scores"], expected["scores"], rtol=1e-5, atol=1e-6)

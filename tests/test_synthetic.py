@@ -40,10 +40,10 @@ def test_an_existing_dataset_is_reused_and_other_files_are_not_overwritten(
         make(root, seed=1)
     monkeypatch.setattr(ssdcore.synthetic, "_draw_image", None)  # drawing again would fail
     assert make(root) == root
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").touch()
+    (tmp_path / "unrelated").mkdir()
+    (tmp_path / "unrelated/notes.txt").touch()
     with pytest.raises(ValueError, match="other files"):
-        make(tmp_path / "mine")
+        make(tmp_path / "unrelated")
 
 
 def test_an_interruption_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,8 @@ def test_images_without_boxes_are_transformed() -> None:
 
 def test_boxes_that_extend_beyond_the_image_are_kept() -> None:
     torch.manual_seed(0)
-    kept = [len(train_transform(SIZE)(*make_sample([[-20, 20, 90, 140]]))[1]["boxes"]) for _ in range(30)]
-    assert kept == [1] * 30  # every patch contains the centre of an object, and there is only one object
+    counts = [len(train_transform(SIZE)(*make_sample([[-20, 20, 90, 140]]))[1]["boxes"]) for _ in range(30)]
+    assert counts == [1] * 30  # every patch contains the centre of an object, and there is only one object
 
 
 def test_large_images_are_shrunk_first() -> None:
@@ -144,10 +144,10 @@ def test_patches_have_the_distribution_of_torchvisions(min_iou: float) -> None:
             [[p["left"], p["top"], p["width"], p["height"], *p["is_within_crop_area"].tolist()] for p in all_params],
             dtype=torch.float32,
         )
-    ours, theirs = patches[_RandomPatch], patches[v2.RandomIoUCrop]
-    error = (ours.var(0) / draws + theirs.var(0) / draws).sqrt() + 1e-6
-    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
-    spread = (ours.std(0) / theirs.std(0))[:4]
+    actual, expected = patches[_RandomPatch], patches[v2.RandomIoUCrop]
+    error = (actual.var(0) / draws + expected.var(0) / draws).sqrt() + 1e-6
+    assert ((actual.mean(0) - expected.mean(0)).abs() < 4 * error).all()
+    spread = (actual.std(0) / expected.std(0))[:4]
     assert ((spread > 0.8) & (spread < 1.25)).all()
 
 
