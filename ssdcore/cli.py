@@ -149,7 +149,7 @@ def train(
     torch_device = _device(device)
     saved_epoch = f"the epoch with the best AP50 on {val_set.split}" if val_set else "the last epoch"
     print(f"training {model} on {torch_device.type} with {len(train_set)} images of {train_set.split}")
-    print(f"classes: {', '.join(train_set.classes)}; weights to save: those of {saved_epoch}")
+    print(f"classes: {', '.join(train_set.classes)}; saving the weights of {saved_epoch}")
     try:
         record = fit(
             net,

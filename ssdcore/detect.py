@@ -59,7 +59,7 @@ def detect_dataset(
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
     detected_by_image_id: dict[int, DetectedObjects] = {}
     first = 0  # index of the batch's first image in the dataset
-    for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit=" batches", disable=quiet):
+    for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
         sizes = torch.tensor([dataset.image_size(first + i) for i in range(len(targets))])
         first += len(targets)
         for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):

@@ -258,9 +258,7 @@ def _train_epoch(
     model.train()
     total = torch.zeros(2, dtype=torch.float64)  # classification, bbox_regression
     # islice stops before it takes a batch of the next epoch.
-    bar = tqdm(
-        islice(batches, len(lrs)), desc=f"epoch {epoch}/{epochs}", total=len(lrs), unit=" batches", disable=quiet
-    )
+    bar = tqdm(islice(batches, len(lrs)), desc=f"epoch {epoch}/{epochs}", total=len(lrs), unit="batch", disable=quiet)
     for number, (lr, (images, targets)) in enumerate(zip(lrs, bar, strict=True), start=1):
         losses = _train_step(model, optimizer, lr, images, targets)
         if not losses.isfinite().all():
