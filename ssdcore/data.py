@@ -173,7 +173,8 @@ def open_dataset(root: str | Path, split: str, classes: Sequence[str] | None = N
       or `<split>/_annotations.coco.json` with the images beside it.
 
     Unusable boxes are dropped and reported in `problems`: boxes that are not four finite numbers, that have no area,
-    or that lie entirely outside the image. Boxes that extend beyond the image are reported but used as they are.
+    or that lie entirely outside the image. Boxes that extend beyond the image by more than a pixel are reported but
+    used as they are.
 
     Args:
         root: the dataset's folder.
@@ -236,7 +237,7 @@ def _find_splits(root: Path) -> dict[str, Path]:
 
 
 def _is_class_list(path: Path, annotated: Set[str]) -> bool:
-    """Whether a VOC list is of image labels, such as `cat_train.txt`: an image name and -1, 0 or 1 on each line.
+    """Whether a VOC list is for image classification, as `cat_train.txt` is: an image name and -1, 0 or 1 per line.
 
     An image name may itself end like this, as "img 0" does. Then the whole line is a name in `annotated`.
     """
