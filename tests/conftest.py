@@ -1,11 +1,11 @@
-"""Where there is no GPU the kernels run in Triton's interpreter; where there is one, on it. Same tests, both places."""
+"""The same tests on every machine: with a GPU the kernels run on it, without one they run in Triton's interpreter."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    # Triton decides when a kernel is defined, so before anything imports one.
+    # Triton looks at this variable when a kernel is defined, so it is set before any kernel is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ from hypothesis import settings
 
 from ssdcore.kernels import registry
 
-registry.INTERPRETED = False  # CPU tensors run eager code, unless a test asks for `path`
+registry.INTERPRETED = False  # CPU tensors run eager code, unless a test uses the fixture `backend`
 
-# The same problems on every run where a red build would stop someone else; fresh ones on a developer's machine.
+# In CI every run draws the same problems, so that nobody's build fails by chance. A developer's machine draws new ones.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", print_blob=True, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @dataclass(frozen=True)
-class Path:
+class Backend:
     """One of the two implementations behind the public functions."""
 
     name: str
@@ -35,17 +35,17 @@ class Path:
 
     @property
     def full_size(self) -> bool:
-        """Whether problems of a real detector's size are quick enough."""
+        """Whether it is fast enough for problems of a real detector's size."""
         return self.name == "eager" or self.device == "cuda"
 
     @property
     def stored_ulps(self) -> float:
-        """How far a store in 16 bits may be off: the interpreter truncates fp32 to bf16, the GPU rounds."""
+        """Error of a store in 16 bits, in units of the last place: the interpreter truncates, a GPU rounds."""
         return 0.5 if self.full_size else 1.0
 
 
 def _empty_as_nan(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.empty` whose every element is wrong until something is written to it."""
+    """`torch.empty`, filled with values that are wrong wherever nothing is written to."""
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
@@ -57,13 +57,13 @@ def _empty_as_nan(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 @pytest.fixture(scope="module", params=["eager", "triton"])
-def path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Runs the test on the eager ops and on the Triton kernels, both with uninitialised memory poisoned."""
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Runs a test on the eager code and on the Triton kernels, both with uninitialised memory poisoned."""
     cuda = torch.cuda.is_available()
     on_triton = request.param == "triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "INTERPRETED", on_triton and not cuda)
         patch.setattr(torch, "empty", _empty_as_nan(torch.empty))
         device = "cuda" if on_triton and cuda else "cpu"
-        # A program costs the interpreter milliseconds.
-        yield Path(request.param, device, max_examples=30 if on_triton and not cuda else 150)
+        # The interpreter takes milliseconds per program, so it gets fewer problems.
+        yield Backend(request.param, device, max_examples=30 if on_triton and not cuda else 150)

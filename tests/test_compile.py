@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, without spilling registers: all that a CPU can say of GPU code."""
+"""The kernels compile for GPUs that are not here, and no kernel spills registers."""
 
 import json
 import os
@@ -38,8 +38,9 @@ def test_every_kernel_compiles_and_none_spills(rows: list[dict[str, Any]], archi
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_instructions_are_read_off_the_machine_code(rows: list[dict[str, Any]], architecture: str) -> None:
-    # A tool whose output has changed would count none. Every kernel loads and stores; a reduction needs a barrier.
+def test_instructions_are_counted_in_the_machine_code(rows: list[dict[str, Any]], architecture: str) -> None:
+    # If the output of the disassembler changed, nothing would be counted. Every kernel loads and stores, and a
+    # reduction needs a barrier.
     for row in rows:
         if row["arch"] == architecture:
             assert row["instructions"] > row["loads"] + row["stores"] + row["barriers"]
@@ -47,8 +48,8 @@ def test_instructions_are_read_off_the_machine_code(rows: list[dict[str, Any]], 
     assert all(row["barriers"] for row in rows if row["kernel"] == "_reduce_kernel" and row["problem"] == "production")
 
 
-def test_every_launch_keeps_ieee_order() -> None:
-    # Fused multiply-adds would round differently, and Triton's default for them differs from version to version.
+def test_every_launch_forbids_fused_multiply_adds() -> None:
+    # A fused multiply-add rounds differently, and Triton's default for it differs from version to version.
     assert EXACT == {"enable_fp_fusion": False}
     for file in (ROOT / "kernels").glob("*/triton.py"):
         text = file.read_text()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import Path
+from conftest import Backend
 from hypothesis import Phase, settings
 from torch import Tensor
 
@@ -17,9 +17,9 @@ NAMES = sorted(set(kernels.__all__) - {"Detections", "MultiBoxLoss"})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_operator_agrees_with_the_oracle(name: str, path: Path) -> None:
+def test_operator_agrees_with_the_oracle(name: str, backend: Backend) -> None:
     check = getattr(conformance, f"check_{name}")
-    check(getattr(kernels, name), device=path.device, max_examples=path.max_examples)
+    check(getattr(kernels, name), device=backend.device, max_examples=backend.max_examples)
 
 
 def test_torchvisions_nms_and_box_iou_conform() -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Path
+from conftest import Backend
 from helpers import ragged_truths, random_boxes, ssd300_anchors, torchvision_ssd
 from torch import Tensor
 
@@ -28,9 +28,9 @@ def problem(
     }
 
 
-def run(path: Path, arguments: dict[str, Tensor], **settings: Any) -> tuple[list[Tensor], list[Tensor]]:
+def run(backend: Backend, arguments: dict[str, Tensor], **settings: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Both losses, and the gradients of a random combination of them in the logits and the deltas."""
-    given = {name: tensor.to(path.device) for name, tensor in arguments.items()}
+    given = {name: tensor.to(backend.device) for name, tensor in arguments.items()}
     leaves = [given[name].requires_grad_() for name in ("cls_logits", "box_deltas")]
     losses = multibox_loss(**given, **settings)
     grads = torch.autograd.grad(1.3 * losses.classification + 0.7 * losses.bbox_regression, leaves)
@@ -51,9 +51,9 @@ def torchvision_losses(arguments: dict[str, Tensor]) -> tuple[list[Tensor], list
     return [losses["classification"].detach(), losses["bbox_regression"].detach()], list(grads)
 
 
-def test_equals_torchvision(path: Path) -> None:
-    arguments = problem([3, 0, 9, 1], ssd300_anchors(), num_classes=81 if path.full_size else 5)
-    (losses, grads), (expected_losses, expected_grads) = run(path, arguments), torchvision_losses(arguments)
+def test_equals_torchvision(backend: Backend) -> None:
+    arguments = problem([3, 0, 9, 1], ssd300_anchors(), num_classes=81 if backend.full_size else 5)
+    (losses, grads), (expected_losses, expected_grads) = run(backend, arguments), torchvision_losses(arguments)
     for loss, expected in zip(losses, expected_losses, strict=True):
         assert_close(loss, expected, scale=10)
     for grad, expected in zip(grads, expected_grads, strict=True):
@@ -61,27 +61,27 @@ def test_equals_torchvision(path: Path) -> None:
         assert torch.equal(grad != 0, expected != 0)  # the same anchors
 
 
-def test_each_anchor_counts_once_where_torchvision_counts_twice(path: Path) -> None:
+def test_each_anchor_counts_once_where_torchvision_counts_twice(backend: Backend) -> None:
     arguments = problem([1], torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]))
     arguments |= {"matched_idxs": torch.tensor([[0, -1]]), "gt_boxes": torch.tensor([[0.0, 0, 10, 10]])}
     logits = arguments["cls_logits"][0]
     positive = torch.nn.functional.cross_entropy(logits[:1], arguments["gt_labels"])
     negative = torch.nn.functional.cross_entropy(logits[1:], torch.tensor([0]))
-    # Three negatives are wanted, one is there: torchvision's ranking takes the positive for another.
-    assert_close(run(path, arguments)[0][0], positive + negative)
+    # Mining wants three negatives and there is one. torchvision's ranking then mines the positive as well.
+    assert_close(run(backend, arguments)[0][0], positive + negative)
     assert_close(torchvision_losses(arguments)[0][0], 2 * positive + negative)
 
 
-def test_per_image_normalizer(path: Path) -> None:
+def test_image_normalizer_averages_the_losses_of_images(backend: Backend) -> None:
     arguments = problem([2, 0, 5], random_boxes(200))
-    losses, grads = run(path, arguments, normalizer="image")
+    losses, grads = run(backend, arguments, normalizer="image")
     expected = [0.0, 0.0]
-    for image in (0, 2):  # the one in between weighs nothing
+    for image in (0, 2):  # the image in between has weight 0
         first, last = arguments["gt_offsets"][image : image + 2]
         alone = {name: arguments[name][image : image + 1] for name in ("cls_logits", "box_deltas", "matched_idxs")}
         alone |= {name: arguments[name][first:last] for name in ("gt_boxes", "gt_labels")}
         alone |= {"gt_offsets": torch.tensor([0, last - first]), "anchors": arguments["anchors"]}
-        for index, loss in enumerate(run(path, alone)[0]):
+        for index, loss in enumerate(run(backend, alone)[0]):
             expected[index] += loss.item() / 3
     for loss, value in zip(losses, expected, strict=True):
         assert_close(loss, value)
@@ -89,35 +89,35 @@ def test_per_image_normalizer(path: Path) -> None:
 
 
 @pytest.mark.parametrize("normalizer", ["batch", "image"])
-def test_no_positives_at_all(path: Path, normalizer: str) -> None:
+def test_a_batch_without_positives_has_no_loss(backend: Backend, normalizer: str) -> None:
     arguments = problem([0, 0], random_boxes(50))
-    losses, grads = run(path, arguments, normalizer=normalizer)
+    losses, grads = run(backend, arguments, normalizer=normalizer)
     assert losses == [0, 0]
     assert all((grad == 0).all() for grad in grads)
 
 
-def test_min_negatives_teach_an_image_without_objects(path: Path) -> None:
+def test_min_negatives_are_mined_in_an_image_without_objects(backend: Backend) -> None:
     arguments = problem([0], random_boxes(50))
     background = torch.nn.functional.cross_entropy(
         arguments["cls_logits"][0], torch.zeros(50, dtype=torch.int64), reduction="none"
     )
-    losses, grads = run(path, arguments, min_negatives=7)
+    losses, grads = run(backend, arguments, min_negatives=7)
     assert_close(losses[0], background.topk(7).values.sum())
     assert sorted(grads[0][0].abs().sum(1).nonzero()[:, 0].tolist()) == sorted(background.topk(7).indices.tolist())
 
 
 @pytest.mark.parametrize(("num_anchors", "wanted"), [(50, 7), (4200, 4100)])  # the latter in three steps
-def test_equal_negatives_go_to_the_lowest_anchors(path: Path, num_anchors: int, wanted: int) -> None:
+def test_equal_negatives_go_to_the_lowest_anchors(backend: Backend, num_anchors: int, wanted: int) -> None:
     arguments = problem([0], random_boxes(num_anchors))
     arguments["cls_logits"] = torch.zeros_like(arguments["cls_logits"])
-    _, grads = run(path, arguments, min_negatives=wanted)
+    _, grads = run(backend, arguments, min_negatives=wanted)
     assert grads[0][0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(wanted))
 
 
-def test_an_image_that_wants_no_negatives_gets_none_where_another_has_equal_ones(path: Path) -> None:
+def test_ties_in_one_image_mine_nothing_in_another(backend: Backend) -> None:
     arguments = problem([0, 1], random_boxes(50))
     arguments["cls_logits"] = torch.zeros_like(arguments["cls_logits"])
-    _, grads = run(path, arguments)
+    _, grads = run(backend, arguments)
     assert (grads[0][0] == 0).all()
     positives = int((arguments["matched_idxs"][1] >= 0).sum())
     assert int((grads[0][1] != 0).any(dim=1).sum()) == 4 * positives < 50
@@ -125,99 +125,99 @@ def test_an_image_that_wants_no_negatives_gets_none_where_another_has_equal_ones
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("anchor", ["positive", "negative", "not mined"])
-def test_a_bad_logit_gives_nan(path: Path, value: float, anchor: str) -> None:
+def test_a_nan_or_infinite_logit_gives_a_nan_loss(backend: Backend, value: float, anchor: str) -> None:
     arguments = problem([2, 0], random_boxes(50))
     positive = int((arguments["matched_idxs"][0] >= 0).nonzero()[0])
     negative = int((arguments["matched_idxs"][0] < 0).nonzero()[0])
-    # The second image mines nothing.
+    # The second image has no positives and mines nothing.
     row = {"positive": (0, positive), "negative": (0, negative), "not mined": (1, 0)}[anchor]
     arguments["cls_logits"][(*row, 2)] = value
-    losses, _ = run(path, arguments)
+    losses, _ = run(backend, arguments)
     assert losses[0].isnan()
     assert losses[1].isfinite()
 
 
-def test_nan_is_harder_than_infinite(path: Path) -> None:
+def test_a_nan_loss_is_mined_before_an_infinite_one(backend: Backend) -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
     arguments = problem([1], anchors) | {"matched_idxs": torch.tensor([[0, -1, -1, -1]])}
     arguments["cls_logits"][0, 1, 0] = -math.inf  # the loss of a negative is infinite
     arguments["cls_logits"][0, 2, 3] = math.nan
-    _, (gradient, _) = run(path, arguments, neg_pos_ratio=1.0)
+    _, (gradient, _) = run(backend, arguments, neg_pos_ratio=1.0)
     assert gradient[0, 2].isnan().all()
     assert (gradient[0, [1, 3]] == 0).all()
 
 
-def test_an_impossible_background_is_no_loss_to_a_positive(path: Path) -> None:
+def test_an_infinite_background_loss_does_not_affect_a_positive(backend: Backend) -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
     arguments = problem([1], anchors) | {"matched_idxs": torch.tensor([[0, -1]]), "gt_labels": torch.tensor([2])}
     arguments["cls_logits"][0, 0] = torch.tensor([-math.inf, 0.0, math.log(2), 0.0, -math.inf])
-    (classification, _), (gradient, _) = run(path, arguments, neg_pos_ratio=0.0)
+    (classification, _), (gradient, _) = run(backend, arguments, neg_pos_ratio=0.0)
     assert_close(classification, math.log(2))
     assert_close(gradient[0, 0], 1.3 * torch.tensor([0, 0.25, -0.5, 0.25, 0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("label", [0, -1, 5, 10**6])
-def test_a_label_out_of_range_gives_nan(path: Path, label: int) -> None:
+def test_a_label_out_of_range_gives_nan_losses(backend: Backend, label: int) -> None:
     arguments = problem([2], random_boxes(50))
     arguments["gt_labels"][int(arguments["matched_idxs"].max())] = label
-    assert all(loss.isnan() for loss in run(path, arguments)[0])
+    assert all(loss.isnan() for loss in run(backend, arguments)[0])
 
 
-def test_a_match_out_of_range_gives_nan(path: Path) -> None:
+def test_a_match_out_of_range_gives_nan_losses(backend: Backend) -> None:
     arguments = problem([2, 2], random_boxes(50))
     arguments["matched_idxs"][0, 0] = 2  # the second image's first
-    assert all(loss.isnan() for loss in run(path, arguments)[0])
+    assert all(loss.isnan() for loss in run(backend, arguments)[0])
 
 
-def test_a_nan_delta_is_nan_in_the_gradient(path: Path) -> None:
+def test_a_nan_delta_gives_a_nan_gradient(backend: Backend) -> None:
     arguments = problem([2], random_boxes(50))
     positive = int((arguments["matched_idxs"][0] >= 0).nonzero()[0])
     arguments["box_deltas"][0, positive, 1] = torch.nan
     for beta in (0.0, 1.0):
-        losses, grads = run(path, arguments, beta=beta)
+        losses, grads = run(backend, arguments, beta=beta)
         assert losses[1].isnan()
         assert grads[1].isnan().nonzero().tolist() == [[0, positive, 1]]
 
 
-def test_one_anchor(path: Path) -> None:
+def test_one_anchor(backend: Backend) -> None:
     arguments = problem([1], torch.tensor([[0.0, 0, 10, 10]]))
     arguments["matched_idxs"] = torch.zeros(1, 1, dtype=torch.int64)
     expected = torch.nn.functional.cross_entropy(arguments["cls_logits"][0], arguments["gt_labels"])
-    assert_close(run(path, arguments)[0][0], expected)
+    assert_close(run(backend, arguments)[0][0], expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_empty(path: Path, shape: tuple[int, int]) -> None:
-    losses, grads = run(path, problem([0] * shape[0], random_boxes(shape[1])))
+def test_empty_batches_and_no_anchors(backend: Backend, shape: tuple[int, int]) -> None:
+    losses, grads = run(backend, problem([0] * shape[0], random_boxes(shape[1])))
     assert losses == [0, 0]
     assert grads[0].shape == (*shape, 5)
 
 
 @pytest.mark.parametrize("num_classes", [2, 16, 17, 300])  # around a tile's least width, and a wide one
-def test_class_counts(path: Path, num_classes: int) -> None:
+def test_numbers_of_classes_around_a_tile(backend: Backend, num_classes: int) -> None:
     arguments = problem([3, 1], random_boxes(70), num_classes)
-    losses, _ = run(path, arguments)
+    losses, _ = run(backend, arguments)
     for loss, expected in zip(losses, torchvision_losses(arguments)[0], strict=True):
         assert_close(loss, expected, scale=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits(path: Path, dtype: torch.dtype) -> None:
+def test_16_bit_input_gives_fp32_losses(backend: Backend, dtype: torch.dtype) -> None:
     arguments = problem([3, 1], random_boxes(70), dtype=dtype)
     wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
-    eager = Path("eager", "cpu", 0)
-    (losses, grads), (expected_losses, expected_grads) = run(path, arguments), run(eager, wide)
+    eager = Backend("eager", "cpu", 0)
+    (losses, grads), (expected_losses, expected_grads) = run(backend, arguments), run(eager, wide)
     for loss, expected in zip(losses, expected_losses, strict=True):
         assert loss.dtype == torch.float32
         assert_close(loss, expected, scale=10)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert grad.dtype == dtype
-        assert_close(grad, expected, stored_ulps=path.stored_ulps)
+        assert_close(grad, expected, stored_ulps=backend.stored_ulps)
 
 
 @pytest.mark.parametrize("normalizer", ["batch", "image"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_gradients_of_the_formula(normalizer: str, beta: float) -> None:
+def test_gradients_match_finite_differences(normalizer: str, beta: float) -> None:
     arguments = problem([2, 0, 1], random_boxes(12))
     logits, deltas = (arguments.pop(name).double() for name in ("cls_logits", "box_deltas"))
     assert torch.autograd.gradcheck(
@@ -228,44 +228,44 @@ def test_gradients_of_the_formula(normalizer: str, beta: float) -> None:
 
 @pytest.mark.parametrize("normalizer", ["batch", "image"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_gradients_against_fp64(path: Path, normalizer: str, beta: float) -> None:
+def test_gradients_against_fp64(backend: Backend, normalizer: str, beta: float) -> None:
     arguments = problem([2, 0, 4], random_boxes(100))
     settings = {"normalizer": normalizer, "beta": beta, "min_negatives": 2, "neg_pos_ratio": 1.7}
     wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
-    _, grads = run(path, arguments, **settings)
-    _, expected_grads = run(Path("eager", "cpu", 0), wide, **settings)
+    _, grads = run(backend, arguments, **settings)
+    _, expected_grads = run(Backend("eager", "cpu", 0), wide, **settings)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected)
 
 
-# A block of 64 anchors and a rest whose gradients begin and end within one aligned store, for some image.
+# A block of 64 anchors and a rest whose gradients begin and end within one aligned store, in one of the images.
 @pytest.mark.parametrize("num_anchors", [65, 66, 129])
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
-def test_neighbouring_programs_leave_each_others_gradients_alone(
-    path: Path, num_anchors: int, num_classes: int
+def test_programs_do_not_overwrite_gradients_of_their_neighbours(
+    backend: Backend, num_anchors: int, num_classes: int
 ) -> None:
     arguments = problem([1] * 5, random_boxes(num_anchors), num_classes)
-    _, grads = run(path, arguments, min_negatives=num_anchors)  # every row has a gradient
+    _, grads = run(backend, arguments, min_negatives=num_anchors)  # every row has a gradient
     assert (grads[0] != 0).all()
     wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
-    _, expected_grads = run(Path("eager", "cpu", 0), wide, min_negatives=num_anchors)
+    _, expected_grads = run(Backend("eager", "cpu", 0), wide, min_negatives=num_anchors)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_maps_of_the_head(path: Path, memory_format: torch.memory_format) -> None:
+def test_maps_give_the_results_of_packed_outputs(backend: Backend, memory_format: torch.memory_format) -> None:
     # Two levels, of 2 anchors on 3 x 4 cells and 3 anchors on 1 x 2.
     arguments = problem([3, 1], random_boxes(30))
-    packed_losses, packed_grads = run(path, arguments)
+    packed_losses, packed_grads = run(backend, arguments)
 
     def as_maps(packed: Tensor) -> list[Tensor]:
         levels = [packed[:, :24].unflatten(1, (3, 4, 2)), packed[:, 24:].unflatten(1, (1, 2, 3))]
         maps = [level.permute(0, 3, 4, 1, 2).flatten(1, 2) for level in levels]
-        return [x.contiguous(memory_format=memory_format).to(path.device).requires_grad_() for x in maps]
+        return [x.contiguous(memory_format=memory_format).to(backend.device).requires_grad_() for x in maps]
 
     logits, deltas = as_maps(arguments.pop("cls_logits")), as_maps(arguments.pop("box_deltas"))
-    losses = multibox_loss(logits, deltas, **{name: x.to(path.device) for name, x in arguments.items()})
+    losses = multibox_loss(logits, deltas, **{name: x.to(backend.device) for name, x in arguments.items()})
     grads = torch.autograd.grad(1.3 * losses[0] + 0.7 * losses[1], logits + deltas)
     assert [x.cpu() for x in losses] == packed_losses
     for grad, expected in zip(grads, as_maps(packed_grads[0]) + as_maps(packed_grads[1]), strict=True):

@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from conftest import Path
+from conftest import Backend
 from helpers import random_boxes
 from torch import Tensor
 
@@ -12,52 +12,53 @@ from ssdcore.kernels.nms import eager
 from ssdcore.testing import reference
 
 
-def run_nms(path: Path, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    return nms(boxes.to(path.device), scores.to(path.device), threshold).cpu()
+def run_nms(backend: Backend, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    return nms(boxes.to(backend.device), scores.to(backend.device), threshold).cpu()
 
 
-# Around one word of the mask, two, and one block of boxes a program.
+# Around one word of bits, two words, a block of rows, and several blocks.
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025])
-def test_equals_torchvision(path: Path, count: int) -> None:
+def test_equals_torchvision(backend: Backend, count: int) -> None:
     boxes, scores = random_boxes(count, seed=count), torch.rand(count, generator=torch.Generator().manual_seed(count))
-    kept = run_nms(path, boxes, scores, 0.45)
+    kept = run_nms(backend, boxes, scores, 0.45)
     assert kept.dtype == torch.int64
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.45))
 
 
-def test_a_cluster_of_5000(path: Path) -> None:
+def test_5000_clustered_boxes(backend: Backend) -> None:
     boxes = random_boxes(5000, size=100, spread=0.9)
     scores = torch.rand(5000, generator=torch.Generator().manual_seed(0))
-    kept = run_nms(path, boxes, scores, 0.5)
+    kept = run_nms(backend, boxes, scores, 0.5)
     assert len(kept) < 1000
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5))
 
 
-def test_a_chain_in_which_each_suppresses_the_next(path: Path) -> None:
-    # Every second one survives, and only because the one before it did not: the worst case of a parallel resolve.
+def test_every_second_box_of_a_chain_is_kept(backend: Backend) -> None:
+    # A box is kept only because the box before it is not. This is the worst case for deciding in parallel.
     start = torch.arange(200.0)
     boxes = torch.stack((start, torch.zeros(200), start + 3, torch.ones(200)), dim=1)  # neighbours: IoU 2/4
-    assert run_nms(path, boxes, -start, 0.4).tolist() == list(range(0, 200, 2))
+    assert run_nms(backend, boxes, -start, 0.4).tolist() == list(range(0, 200, 2))
 
 
-# Where chains of one class stand among blocks of 128 rows: one through six; from edge to edge; from inside a block to
-# inside another, next to each other and with blocks between; none.
+# Sizes of classes, which lie among blocks of 128 rows: one class in six blocks; classes that begin and end with blocks;
+# classes that begin and end inside blocks, adjacent ones and distant ones; only classes within a block.
 @pytest.mark.parametrize(
     "sizes", [[700], [128, 128, 256, 130], [60, 500, 140], [100, 200, 200, 200], [127, 258, 1, 300], [20] * 30], ids=str
 )
-def test_chains_through_blocks(path: Path, sizes: list[int]) -> None:
+def test_classes_that_span_blocks(backend: Backend, sizes: list[int]) -> None:
     total, images = sum(sizes), 2
     generator = torch.Generator().manual_seed(len(sizes))
     idxs = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) - 2  # classes may be negative
     idxs = torch.stack([idxs[torch.randperm(total, generator=generator)] for _ in range(images)])
     start = torch.rand(images, total, generator=generator) * total
-    # In one image boxes suppress neighbours, in the other a good part of their class.
+    # In one image boxes suppress their neighbours, in the other a good part of their class.
     length = torch.tensor([[1.0], [40.0]]) * len(sizes)
     end = start + length * (0.5 + torch.rand(images, total, generator=generator))
     boxes = torch.stack((start, torch.zeros_like(start), end, torch.ones_like(start)), dim=2)
     scores = torch.rand(images, total, generator=generator)
     padded, count = (
-        x.cpu() for x in batched_nms_padded(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.3, max_output=total)
+        x.cpu()
+        for x in batched_nms_padded(*(x.to(backend.device) for x in (boxes, scores, idxs)), 0.3, max_output=total)
     )
     for image in range(images):
         expected = torchvision.ops.boxes._batched_nms_vanilla(boxes[image], scores[image], idxs[image], 0.3)
@@ -66,23 +67,23 @@ def test_chains_through_blocks(path: Path, sizes: list[int]) -> None:
         assert count[image] == len(expected)
 
 
-def test_a_chain_of_decisions_through_blocks(path: Path) -> None:
-    # Each suppresses the next, from inside a block through three whole ones: one decision after another.
+def test_a_chain_of_decisions_spans_blocks(backend: Backend) -> None:
+    # Each box suppresses the next one. The chain of the middle class begins inside a block and spans three more.
     start = torch.arange(570.0)
     boxes = torch.stack((start, torch.zeros(570), start + 3, torch.ones(570)), dim=1)
     idxs = torch.tensor([5] * 61 + [6] * 450 + [7] * 59)
-    kept = batched_nms(*(x.to(path.device) for x in (boxes, -start, idxs)), 0.4).cpu()
+    kept = batched_nms(*(x.to(backend.device) for x in (boxes, -start, idxs)), 0.4).cpu()
     assert kept.tolist() == [*range(0, 61, 2), *range(61, 511, 2), *range(511, 570, 2)]
 
 
-# None and all of a block, and around it; in the first block, the next, and a later one.
+# Around the ends of the first, the second and a later block.
 @pytest.mark.parametrize("max_output", [1, 50, 127, 128, 129, 255, 256, 257, 400, 499, 500, 501, 600])
-def test_what_cannot_be_returned_is_left_out(path: Path, max_output: int) -> None:
-    # Of two classes the first is better and keeps all; the other keeps every second box.
+def test_max_output_limits_what_is_returned(backend: Backend, max_output: int) -> None:
+    # All boxes of the better class are kept, and every second box of the other class.
     place = torch.cat((torch.arange(500.0), 600 + (torch.arange(100) // 2).float()))
     boxes = torch.stack((place * 10, torch.zeros(600), place * 10 + 5, torch.ones(600)), dim=1)
     idxs = torch.tensor([1] * 500 + [0] * 100)
-    arguments = [x[None].to(path.device) for x in (boxes, -torch.arange(600.0), idxs)]
+    arguments = [x[None].to(backend.device) for x in (boxes, -torch.arange(600.0), idxs)]
     kept, count = batched_nms_padded(*arguments, 0.5, max_output)
     expected = [*range(500), *range(500, 600, 2)][:max_output]
     assert kept[0].tolist() == expected + [-1] * (max_output - len(expected))
@@ -90,11 +91,11 @@ def test_what_cannot_be_returned_is_left_out(path: Path, max_output: int) -> Non
 
 
 @pytest.mark.parametrize("max_output", [1, 64, 65, 120, 192, 193, 250, 300])
-def test_no_more_than_wanted_of_a_chain_of_decisions(path: Path, max_output: int) -> None:
-    # Every second box of 600 stands, 64 of each block: the chain is long enough in one block or another.
+def test_max_output_ends_a_chain_of_decisions(backend: Backend, max_output: int) -> None:
+    # Every second box of 600 is kept, 64 per block. `max_output` is reached in different blocks.
     start = torch.arange(600.0)
     boxes = torch.stack((start, torch.zeros(600), start + 3, torch.ones(600)), dim=1)
-    arguments = [x[None].to(path.device) for x in (boxes, -start, torch.zeros(600, dtype=torch.int64))]
+    arguments = [x[None].to(backend.device) for x in (boxes, -start, torch.zeros(600, dtype=torch.int64))]
     for idxs in (None, arguments[2]):
         kept, count = batched_nms_padded(*arguments[:2], idxs, 0.4, max_output)
         assert kept[0].tolist() == list(range(0, 600, 2))[:max_output]
@@ -103,7 +104,7 @@ def test_no_more_than_wanted_of_a_chain_of_decisions(path: Path, max_output: int
 
 @pytest.mark.parametrize("candidates", [0, 1, 90, 127, 128, 129, 300])  # of each class, around the blocks' edges
 @pytest.mark.parametrize("with_classes", [False, True])
-def test_a_chain_ends_at_the_score_threshold(path: Path, candidates: int, with_classes: bool) -> None:
+def test_a_chain_ends_at_the_score_threshold(backend: Backend, candidates: int, with_classes: bool) -> None:
     boxes = torch.stack([random_boxes(310, seed=seed, spread=0.2) for seed in range(2)]).repeat(1, 2, 1)
     idxs = torch.tensor([3] * 310 + [4] * 310).repeat(2, 1)
     scores = torch.rand(2, 620, generator=torch.Generator().manual_seed(1)) * 0.5
@@ -111,7 +112,7 @@ def test_a_chain_ends_at_the_score_threshold(path: Path, candidates: int, with_c
     scores = torch.where(better, scores + 0.5 + 2**-20, scores)
     scores[:, 305:310] = torch.nan
     classes = idxs if with_classes else None
-    arguments = [None if x is None else x.to(path.device) for x in (boxes, scores, classes)]
+    arguments = [None if x is None else x.to(backend.device) for x in (boxes, scores, classes)]
     kept, count = batched_nms_padded(*arguments, 0.3, 620, 0.5)
     expected = reference.batched_nms_padded(
         boxes.numpy(), scores.numpy(), idxs.numpy() if with_classes else None, 0.3, 620, 0.5
@@ -121,8 +122,8 @@ def test_a_chain_ends_at_the_score_threshold(path: Path, candidates: int, with_c
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-45, 0.25, 0.3, 0.5, 1.0, 2.0])
-def test_any_floats_are_decided_as_in_eager(path: Path, threshold: float) -> None:
-    # Widths and areas that overflow, underflow, are negative, zero, infinite or NaN, in every combination.
+def test_any_floats_give_the_result_of_eager_code(backend: Backend, threshold: float) -> None:
+    # Widths and areas overflow, underflow, or are negative, zero, infinite or NaN, in every combination.
     inf, nan = torch.inf, torch.nan
     values = torch.tensor([-inf, -3e38, -1e19, -3, -1e-20, -0.0, 0, 1e-45, 1e-30, 1e-20, 1, 2, 3, 1e19, 3e38, inf, nan])
     generator = torch.Generator().manual_seed(0)
@@ -132,41 +133,41 @@ def test_any_floats_are_decided_as_in_eager(path: Path, threshold: float) -> Non
     scores = torch.arange(200, 0, -1.0)
     expected = eager.nms(boxes, scores, None, threshold)
     assert len(expected) < 200 or threshold >= 1
-    assert run_nms(path, boxes, scores, threshold).tolist() == expected.tolist()
+    assert run_nms(backend, boxes, scores, threshold).tolist() == expected.tolist()
 
 
-def test_an_overlap_one_bit_from_the_threshold(path: Path) -> None:
-    # Widths of which IoU is the threshold, the float before and the float after.
+def test_an_iou_one_bit_from_the_threshold(backend: Backend) -> None:
+    # The IoU is the threshold itself, then the next smaller float, then the next larger one.
     inner = torch.tensor([0.5, 0.5 - 2**-25, 0.5 + 2**-24])
     for width, kept in zip(inner, ([0, 1], [0, 1], [0]), strict=True):
         boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, width, 1]])
-        assert run_nms(path, boxes, torch.tensor([1.0, 0.5]), 0.5).tolist() == kept
+        assert run_nms(backend, boxes, torch.tensor([1.0, 0.5]), 0.5).tolist() == kept
 
 
-def test_more_images_than_one_axis_of_a_grid_takes(path: Path) -> None:
-    if not path.full_size:
+def test_more_images_than_one_axis_of_a_grid_takes(backend: Backend) -> None:
+    if not backend.full_size:
         pytest.skip("70,000 programs take the interpreter minutes")
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9]]).repeat(70_000, 1, 1)  # past 65,535
     scores = torch.tensor([0.5, 0.75]).repeat(70_000, 1)
-    kept, count = batched_nms_padded(boxes.to(path.device), scores.to(path.device), None, 0.5, 2)
+    kept, count = batched_nms_padded(boxes.to(backend.device), scores.to(backend.device), None, 0.5, 2)
     assert kept.unique(dim=0).tolist() == [[1, -1]]
     assert count.unique().tolist() == [1]
 
 
-# Classes of one size and of many, alone and together, below and above what is solved at once.
+# Classes of equal and of different sizes, around the sizes that eager code settles together.
 @pytest.mark.parametrize(
     "sizes", [[5] * 70, [1, 2, 3, 40, 300], [1] * 300, [16] * 20, [17] * 20, [130] * 30 + [600], [300]]
 )
-def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
-    if not path.full_size:
+def test_each_class_gives_the_result_of_nms_alone(backend: Backend, sizes: list[int]) -> None:
+    if not backend.full_size:
         sizes = [min(size, 70) for size in sizes[:10]]
     idxs = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     idxs = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(0))]
-    # One chain through all classes: in each, neighbours suppress each other in places, and what follows hangs on it.
+    # In each class neighbours suppress each other in places, and later decisions depend on that.
     start = torch.arange(float(len(idxs)))
     boxes = torch.stack((start, torch.zeros(len(idxs)), start + 4.0 * len(sizes), torch.ones(len(idxs))), dim=1)
     scores = torch.rand(len(idxs), generator=torch.Generator().manual_seed(1))
-    kept = batched_nms(boxes.to(path.device), scores.to(path.device), idxs.to(path.device), 0.5).cpu()
+    kept = batched_nms(boxes.to(backend.device), scores.to(backend.device), idxs.to(backend.device), 0.5).cpu()
     alone = []
     for label in range(len(sizes)):
         own = (idxs == label).nonzero()[:, 0]
@@ -174,55 +175,57 @@ def test_each_class_by_itself(path: Path, sizes: list[int]) -> None:
     expected = torch.cat(alone)
     assert len(expected) < len(idxs) or max(sizes) == 1
     assert torch.equal(kept, expected[scores[expected].argsort(descending=True, stable=True)])
-    twice = [torch.stack((x, x)).to(path.device) for x in (boxes, scores, idxs)]
+    twice = [torch.stack((x, x)).to(backend.device) for x in (boxes, scores, idxs)]
     padded, count = (x.cpu() for x in batched_nms_padded(*twice, 0.5, max_output=len(idxs)))
     for image in range(2):
         assert torch.equal(padded[image, : count[image]], kept)
 
 
-def test_the_worst_two_of_every_class(path: Path) -> None:
+def test_only_the_last_two_boxes_of_each_class_overlap(backend: Backend) -> None:
     classes, size = 20, 16
     place = torch.arange(size - 1.0).repeat(classes, 1)
-    place = torch.cat((place, place[:, -1:]), dim=1).flatten()  # each class apart, but for the last two
+    place = torch.cat((place, place[:, -1:]), dim=1).flatten()  # in each class only the last two overlap
     boxes = torch.stack((place * 10, torch.zeros_like(place), place * 10 + 5, torch.ones_like(place)), dim=1)
     idxs = torch.arange(classes).repeat_interleave(size)
-    kept = batched_nms(boxes.to(path.device), -torch.arange(320.0).to(path.device), idxs.to(path.device), 0.5).cpu()
+    kept = batched_nms(
+        boxes.to(backend.device), -torch.arange(320.0).to(backend.device), idxs.to(backend.device), 0.5
+    ).cpu()
     assert kept.tolist() == [box for box in range(320) if box % size != size - 1]
 
 
-def test_equal_scores_keep_the_lower_index(path: Path) -> None:
+def test_equal_scores_keep_the_lower_index(backend: Backend) -> None:
     box = torch.tensor([[0.0, 0, 10, 10]])
-    assert run_nms(path, box.repeat(5, 1), torch.ones(5), 0.5).tolist() == [0]
+    assert run_nms(backend, box.repeat(5, 1), torch.ones(5), 0.5).tolist() == [0]
     apart = torch.arange(5.0)[:, None] * 100 + box
     scores = torch.tensor([0.0, -0.0, 1.0, -0.0, 0.0])  # both zeros are one number
-    assert run_nms(path, apart, scores, 0.5).tolist() == [2, 0, 1, 3, 4]
+    assert run_nms(backend, apart, scores, 0.5).tolist() == [2, 0, 1, 3, 4]
 
 
-def test_nan_scores_come_first(path: Path) -> None:
+def test_nan_scores_come_first(backend: Backend) -> None:
     boxes = random_boxes(40)
     scores = torch.rand(40)
     scores[[3, 20, 21]] = torch.nan
-    kept = run_nms(path, boxes, scores, 0.3)
+    kept = run_nms(backend, boxes, scores, 0.3)
     assert kept[0] == 3
     assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.3))
 
 
-def test_odd_boxes_meet_nobody(path: Path) -> None:
+def test_nan_infinite_and_empty_boxes_suppress_nothing(backend: Backend) -> None:
     nan, inf = torch.nan, torch.inf
     odd = [[0, 0, nan, 10], [0, 0, inf, 10], [-inf, -inf, inf, inf], [5, 0, 5, 10], [10, 10, 0, 0], [10, 0, 0, 10]]
     boxes = torch.tensor([box for box in odd for _ in range(2)] + [[0.0, 0, 10, 10]] * 2)
-    kept = run_nms(path, boxes, torch.arange(14, 0, -1.0), 0.0)
+    kept = run_nms(backend, boxes, torch.arange(14, 0, -1.0), 0.0)
     assert kept.tolist() == [*range(13)]
     assert torch.equal(kept, torchvision.ops.nms(boxes, torch.arange(14, 0, -1.0), 0.0))
 
 
-def test_boxes_upside_down_meet_nobody(path: Path) -> None:
-    # Of two alike the area and the overlap are negative, and their quotient is 1.
+def test_inverted_boxes_suppress_nothing(backend: Backend) -> None:
+    # For two equal ones, area and intersection are negative, and the quotient is 1.
     boxes = torch.tensor([[0.0, 10, 10, 0]] * 2 + [[10.0, 0, 0, 10]] * 2 + [[10.0, 10, 0, 0]] * 2)
-    assert run_nms(path, boxes, -torch.arange(6.0), 0.5).tolist() == [*range(6)]
+    assert run_nms(backend, boxes, -torch.arange(6.0), 0.5).tolist() == [*range(6)]
 
 
-def test_odd_boxes_are_no_warning() -> None:
+def test_odd_boxes_cause_no_warning() -> None:
     boxes = torch.tensor([[5.0, 0, 5, 10], [0, 0, torch.inf, 10], [-1e308, -1e308, 1e308, 1e308]], dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -230,43 +233,45 @@ def test_odd_boxes_are_no_warning() -> None:
 
 
 @pytest.mark.parametrize(("inner", "threshold"), [(1, 0.1), (3, 0.3), (6, 0.6), (5, 0.5), (9, 0.9)])
-def test_the_threshold_is_the_real_number_written(path: Path, inner: int, threshold: float) -> None:
-    # IoU is inner / 10 rounded to fp32, which lies above 0.1, 0.3 and 0.6 and not above 0.5 and 0.9.
+def test_the_threshold_is_the_real_number_written(backend: Backend, inner: int, threshold: float) -> None:
+    # The IoU is inner / 10 rounded to fp32. It is above 0.1, 0.3 and 0.6, and not above 0.5 and 0.9.
     boxes = torch.tensor([[0.0, 0, 10, 1], [0, 0, inner, 1]])
     scores = torch.tensor([1.0, 0.5])
     suppressed = torch.tensor(inner / 10, dtype=torch.float32).item() > threshold
-    assert run_nms(path, boxes, scores, threshold).tolist() == ([0] if suppressed else [0, 1])
-    assert torch.equal(run_nms(path, boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
-    # The same of more boxes than are solved at once: 200 such pairs, far apart.
+    assert run_nms(backend, boxes, scores, threshold).tolist() == ([0] if suppressed else [0, 1])
+    assert torch.equal(run_nms(backend, boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+    # The same with more boxes than are settled in one step: 200 such pairs, far apart.
     boxes = (boxes + torch.tensor([0, 100, 0, 100]) * torch.arange(200)[:, None, None]).flatten(0, 1)
-    kept = run_nms(path, boxes, -torch.arange(400.0), threshold)
+    kept = run_nms(backend, boxes, -torch.arange(400.0), threshold)
     assert kept.tolist() == list(range(0, 400, 2 if suppressed else 1))
 
 
-def test_classes_do_not_meet(path: Path) -> None:
+def test_boxes_of_different_classes_do_not_suppress_each_other(backend: Backend) -> None:
     boxes, scores = random_boxes(300), torch.rand(300, generator=torch.Generator().manual_seed(1))
     idxs = torch.randint(0, 7, (300,), generator=torch.Generator().manual_seed(2))
-    kept = batched_nms(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.3).cpu()
+    kept = batched_nms(*(x.to(backend.device) for x in (boxes, scores, idxs)), 0.3).cpu()
     assert torch.equal(kept, torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, idxs, 0.3))
 
 
-def test_negative_coordinates_need_no_care(path: Path) -> None:
+def test_negative_coordinates_keep_classes_apart(backend: Backend) -> None:
     boxes = torch.tensor([[-11.0, -11, -1, -1]] * 2)
     scores, idxs = torch.tensor([0.9, 0.8]), torch.tensor([0, 1])
-    kept = batched_nms(*(x.to(path.device) for x in (boxes, scores, idxs)), 0.5)
+    kept = batched_nms(*(x.to(backend.device) for x in (boxes, scores, idxs)), 0.5)
     assert kept.tolist() == [0, 1]
-    # torchvision moves class 1 by the largest coordinate plus one, which is nothing here, onto class 0.
+    # torchvision moves class 1 by the largest coordinate plus one. That is 0 here, so class 1 stays on class 0.
     assert torchvision.ops.boxes._batched_nms_coordinate_trick(boxes, scores, idxs, 0.5).tolist() == [0]
 
 
 @pytest.mark.parametrize("with_classes", [False, True])
 @pytest.mark.parametrize("score_threshold", [None, 0.5])
-def test_a_batch_is_its_images(path: Path, with_classes: bool, score_threshold: float | None) -> None:
+def test_a_batch_gives_the_results_of_its_images(
+    backend: Backend, with_classes: bool, score_threshold: float | None
+) -> None:
     boxes = torch.stack([random_boxes(70, seed=seed) for seed in range(3)])
     scores = torch.rand(3, 70, generator=torch.Generator().manual_seed(3))
     scores[1] = 0.4  # none above the threshold
     idxs = torch.arange(210).reshape(3, 70) % 4 if with_classes else None
-    arguments = [None if x is None else x.to(path.device) for x in (boxes, scores, idxs)]
+    arguments = [None if x is None else x.to(backend.device) for x in (boxes, scores, idxs)]
     for max_output in (5, 100):
         kept, count = batched_nms_padded(*arguments, 0.3, max_output, score_threshold)
         expected = reference.batched_nms_padded(
@@ -276,45 +281,45 @@ def test_a_batch_is_its_images(path: Path, with_classes: bool, score_threshold: 
         assert count.tolist() == expected[1].tolist()
 
 
-def test_an_infinite_score_threshold_drops_all_or_only_the_infinite(path: Path) -> None:
-    boxes = random_boxes(3)[None].to(path.device)
-    scores = torch.tensor([[-torch.inf, 0.0, torch.inf]], device=path.device)
+def test_infinite_score_thresholds(backend: Backend) -> None:
+    boxes = random_boxes(3)[None].to(backend.device)
+    scores = torch.tensor([[-torch.inf, 0.0, torch.inf]], device=backend.device)
     assert batched_nms_padded(boxes, scores, None, 0.99, 3, -torch.inf)[0].tolist() == [[2, 1, -1]]
     assert batched_nms_padded(boxes, scores, None, 0.99, 3, torch.inf)[1].tolist() == [0]
 
 
-def test_a_score_threshold_drops_nan_and_its_own_value(path: Path) -> None:
-    boxes = random_boxes(4)[None].to(path.device)
-    scores = torch.tensor([[0.5, torch.nan, 0.75, 0.25]], device=path.device)
+def test_a_score_threshold_drops_nan_and_its_own_value(backend: Backend) -> None:
+    boxes = random_boxes(4)[None].to(backend.device)
+    scores = torch.tensor([[0.5, torch.nan, 0.75, 0.25]], device=backend.device)
     kept, count = batched_nms_padded(boxes, scores, None, 0.99, 4, 0.25)
     assert kept.tolist() == [[2, 0, -1, -1]]
     assert count.tolist() == [2]
     # 0.3 in bf16 is 0.30078125, and greater than 0.3.
-    rounded = torch.tensor([[0.3] * 4], dtype=torch.bfloat16, device=path.device)
+    rounded = torch.tensor([[0.3] * 4], dtype=torch.bfloat16, device=backend.device)
     assert batched_nms_padded(boxes, rounded, None, 0.99, 4, 0.3)[1].tolist() == [4]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
-def test_empty_batches(path: Path, shape: tuple[int, int]) -> None:
+def test_empty_batches(backend: Backend, shape: tuple[int, int]) -> None:
     kept, count = batched_nms_padded(
-        torch.zeros(*shape, 4, device=path.device), torch.zeros(shape, device=path.device), None, 0.5, 3
+        torch.zeros(*shape, 4, device=backend.device), torch.zeros(shape, device=backend.device), None, 0.5, 3
     )
     assert kept.tolist() == [[-1] * 3] * shape[0]
     assert count.tolist() == [0] * shape[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits_are_taken_as_fp32(path: Path, dtype: torch.dtype) -> None:
+def test_16_bit_input_is_converted_to_fp32(backend: Backend, dtype: torch.dtype) -> None:
     boxes, scores = random_boxes(100, size=100).to(dtype), torch.rand(100).to(dtype)
     expected = torchvision.ops.nms(boxes.float(), scores.float(), 0.4)
-    assert torch.equal(run_nms(path, boxes, scores, 0.4), expected)
+    assert torch.equal(run_nms(backend, boxes, scores, 0.4), expected)
 
 
 def test_fp64_boxes_are_compared_in_fp64() -> None:
-    # Apart by less than fp32 can tell at this distance.
+    # In fp32, the two boxes would be equal at this distance from the origin.
     boxes = torch.tensor([[1e8, 0, 1e8 + 1, 1], [1e8 + 1, 0, 1e8 + 2, 1]], dtype=torch.float64)
     assert nms(boxes, torch.tensor([1.0, 0.5], dtype=torch.float64), 0.1).tolist() == [0, 1]
-    # Their IoU is the threshold, which fp32 would round up.
+    # The IoU is the threshold, which fp32 would round up.
     boxes = torch.tensor([[0.0, 0, 3, 1], [0, 0, 1, 1]], dtype=torch.float64)
     assert nms(boxes, torch.tensor([1.0, 0.5]), 1 / 3).tolist() == [0, 1]
     assert batched_nms_padded(boxes[None], torch.tensor([[1.0, 0.5]]), None, 1 / 3, 2)[1].tolist() == [2]

@@ -1,4 +1,4 @@
-"""What holds for every op: torch's own checks, compilation, determinism, one answer on every path, clear errors."""
+"""What holds for every op: opcheck, compilation, determinism, the same decisions on both backends, clear errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from conftest import Path
+from conftest import Backend
 from helpers import ragged_truths, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ def op_arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, t
     scores = torch.rand(BATCH, ANCHORS, generator=generator).to(dtype)
     idxs = torch.randint(0, 3, (BATCH, ANCHORS), generator=generator)
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
-    # One level of 33 cells with an anchor each, and one of 2 cells with 2.
+    # A level of 33 cells with one anchor each, and a level of 2 cells with two.
     head = [[x[:, :33, None].contiguous(), x[:, 33:].unflatten(1, (2, 2)).contiguous()] for x in (logits, deltas)]
     *_, lse, selected, scale = multibox_eager.multibox_loss(*head, *truth, WEIGHTS, 3.0, 1.0, 0, "batch")
     grad = torch.tensor(0.7)
@@ -98,8 +98,8 @@ def test_every_registered_op_is_covered() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", op_arguments("cpu"))
-def test_opcheck(path: Path, name: str, dtype: torch.dtype) -> None:
-    arguments = op_arguments(path.device, dtype)[name]
+def test_opcheck(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    arguments = op_arguments(backend.device, dtype)[name]
     if name in ("decode_boxes", "multibox_loss"):
         differentiable = 1 if name == "decode_boxes" else 2
         leaves = each_tensor(arguments[:differentiable], lambda x: x.detach().requires_grad_())
@@ -108,23 +108,23 @@ def test_opcheck(path: Path, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
-def test_the_same_bits_twice(path: Path, name: str) -> None:
-    first, second = (op(name)(*op_arguments(path.device)[name]) for _ in range(2))
+def test_two_calls_give_the_same_bits(backend: Backend, name: str) -> None:
+    first, second = (op(name)(*op_arguments(backend.device)[name]) for _ in range(2))
     assert same(first, second)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
-def test_strided_input_is_read_right_and_nothing_is_modified(path: Path, name: str) -> None:
-    arguments = op_arguments(path.device)[name]
+def test_strided_inputs_are_read_correctly_and_not_modified(backend: Backend, name: str) -> None:
+    arguments = op_arguments(backend.device)[name]
 
-    # Every tensor as the even places of one twice as long in each dimension, the rest of it NaN or nonsense.
+    # Every tensor becomes the even entries of a tensor twice as long in each dimension, whose other entries are wrong.
     def spread(value: Tensor) -> Tensor:
         wide = value.new_full([2 * length for length in value.shape], 1 if value.dtype == torch.bool else 99)
         return wide[(slice(None, None, 2),) * value.dim()].copy_(value)
 
     strided = each_tensor(arguments, spread)
     assert same(op(name)(*strided), op(name)(*arguments))
-    assert same(strided, op_arguments(path.device)[name])
+    assert same(strided, op_arguments(backend.device)[name])
 
 
 def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
@@ -153,16 +153,16 @@ def _public_calls() -> dict[str, Callable[[dict[str, tuple[Any, ...]]], Any]]:
 @pytest.mark.parametrize("name", _public_calls())
 # `nms` returns as many indices as it keeps boxes, a number that is not known in advance.
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
-def test_compiles_as_one_graph(path: Path, name: str) -> None:
-    call, arguments = _public_calls()[name], op_arguments(path.device)
+def test_compiles_as_one_graph(backend: Backend, name: str) -> None:
+    call, arguments = _public_calls()[name], op_arguments(backend.device)
     torch._dynamo.reset()
     expected, found = call(arguments), torch.compile(call, fullgraph=True, backend="aot_eager")(arguments)
     assert same(found, expected)
 
 
 @pytest.mark.parametrize("name", op_arguments("cpu"))
-def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str) -> None:
-    arguments = op_arguments(path.device)[name]
+def test_default_dtype_and_default_device_do_not_matter(backend: Backend, name: str) -> None:
+    arguments = op_arguments(backend.device)[name]
     expected = op(name)(*arguments)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -174,9 +174,9 @@ def test_neither_default_dtype_nor_default_device_matters(path: Path, name: str)
 
 
 @pytest.mark.parametrize("layout", ["packed", "transposed", "planes", "channels_last"])
-def test_a_compiled_training_step_has_the_same_gradients(path: Path, layout: str) -> None:
-    # What the op returns must be laid out as its fake promises.
-    arguments = op_arguments(path.device)
+def test_a_compiled_training_step_has_the_same_gradients(backend: Backend, layout: str) -> None:
+    # The gradients must have the strides that the fake implementation promises.
+    arguments = op_arguments(backend.device)
     head, truth = arguments["multibox_loss"][:2], arguments["multibox_loss"][2:7]
 
     def outputs(views: list[Tensor]) -> Any:
@@ -203,26 +203,26 @@ any_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), el
 plain_floats = hnp.arrays("float32", st.tuples(st.integers(0, 40), st.just(4)), elements=st.floats(-100, 100, width=32))
 
 
-@pytest.mark.parametrize("path", ["triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("floats", [any_floats, plain_floats], ids=["any", "plain"])
-def test_decisions_are_the_same_bits_everywhere(path: Path, floats: st.SearchStrategy[Any]) -> None:
-    @settings(max_examples=path.max_examples)
+def test_decisions_have_the_same_bits_on_both_backends(backend: Backend, floats: st.SearchStrategy[Any]) -> None:
+    @settings(max_examples=backend.max_examples)
     @given(floats, floats, st.floats(0, 1), st.randoms())
     def check(left: Any, right: Any, threshold: float, random: Any) -> None:
         boxes1, boxes2 = torch.from_numpy(left), torch.from_numpy(right)
-        found = kernels.box_iou(boxes1.to(path.device), boxes2.to(path.device)).cpu()
+        found = kernels.box_iou(boxes1.to(backend.device), boxes2.to(backend.device)).cpu()
         expected = boxes_eager.box_iou(boxes1, boxes2)
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
 
         scores = torch.tensor([random.random() for _ in left], dtype=torch.float32)
-        found = kernels.nms(boxes1.to(path.device), scores.to(path.device), threshold).cpu()
+        found = kernels.nms(boxes1.to(backend.device), scores.to(backend.device), threshold).cpu()
         assert torch.equal(found, nms_eager.nms(boxes1, scores, None, threshold))
 
         if threshold > 0:
             half = len(boxes1) // 2
             offsets = torch.tensor([0, half, half, len(boxes1)])
-            arguments = [x.to(path.device) for x in (boxes1, offsets, boxes2)]
+            arguments = [x.to(backend.device) for x in (boxes1, offsets, boxes2)]
             found = kernels.match_anchors(*arguments, threshold).cpu()
             assert torch.equal(found, matching_eager.match_anchors(boxes1, offsets, boxes2, threshold))
 
@@ -391,8 +391,8 @@ def test_errors_name_what_was_expected_and_what_came(call: Callable[[], Any], er
     ],
     ids=["box_iou", "encode_boxes", "decode_boxes", "multibox_loss"],
 )
-def test_a_gradient_that_an_op_does_not_have_is_an_error(call: Callable[..., Any], names: tuple[str, ...]) -> None:
-    # Detaching the input instead would train on the rest of a sum without a word.
+def test_a_missing_gradient_is_an_error(call: Callable[..., Any], names: tuple[str, ...]) -> None:
+    # If the op detached its input instead, a sum of losses would silently train on its other terms alone.
     given = {name: TRUTH[1].clone() if name == "gt_boxes" else BOXES.clone() for name in names}
     if "gt_boxes" in names:
         given |= {"gt_labels": TRUTH[2], "gt_offsets": TRUTH[3]}
@@ -406,8 +406,8 @@ def test_a_gradient_that_an_op_does_not_have_is_an_error(call: Callable[..., Any
         assert same(call(**wants_gradient | {name: wants_gradient[name].detach()}), expected)
 
 
-def test_decisions_have_no_gradient_to_lose() -> None:
-    # Indices carry no gradient, and detections are constants: a detector is evaluated with and without `no_grad`.
+def test_indices_and_detections_carry_no_gradient() -> None:
+    # A detector is evaluated with and without `no_grad`.
     boxes, scores = BOXES.clone().requires_grad_(), SCORES.clone().requires_grad_()
     assert not kernels.nms(boxes, scores, 0.5).requires_grad
     assert not kernels.match_anchors(boxes[:1], TRUTH[3][1:], boxes).requires_grad
@@ -434,7 +434,7 @@ def test_never_waits_for_the_gpu_and_can_be_captured(name: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fp64_on_the_gpu_is_refused() -> None:
+def test_fp64_on_a_gpu_is_an_error() -> None:
     boxes = BOXES.cuda().double()
     with pytest.raises(TypeError, match="boxes1 must be float32, float16 or bfloat16 on cuda, got float64"):
         kernels.box_iou(boxes, boxes)

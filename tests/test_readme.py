@@ -11,11 +11,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_runs(code: str) -> None:
+def test_code_blocks_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_names_every_op() -> None:
+def test_the_readme_names_every_op() -> None:
     from ssdcore import kernels
 
     assert all(name in README for name in set(kernels.__all__) - {"Detections", "MultiBoxLoss"})
@@ -31,7 +31,7 @@ def test_names_every_op() -> None:
         ("`postprocess_detections` | 4 |", "postprocess", 4),
     ],
 )
-def test_launches_are_those_of_the_source(row: str, folder: str, launches: int) -> None:
+def test_the_table_of_launches_is_right(row: str, folder: str, launches: int) -> None:
     assert row in README
     source = (ROOT / f"kernels/{folder}/triton.py").read_text()
     assert len(re.findall(r"_kernel\[", source)) == launches
