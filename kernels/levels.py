@@ -104,13 +104,29 @@ def in_planes(levels: Sequence[Tensor]) -> bool:
     )
 
 
+def rows_are_dense(level: Tensor) -> bool:
+    """Whether the rows of each image of a level [B, P, a, C] are neighbours in memory."""
+    _, _, per_cell, width = level.shape
+    # The strides answer in most cases. The view, which costs a microsecond, also knows dimensions of size 1.
+    return level.stride()[1:] == (per_cell * width, width, 1) or level[:1].is_contiguous()
+
+
+def empty_like_levels(levels: Sequence[Tensor], planes: bool) -> list[Tensor]:
+    """A dense tensor of the same shape for each level, in planes or in rows."""
+    if not planes:
+        return [level.new_empty(level.shape) for level in levels]
+    empty = []
+    for level in levels:
+        _, num_cells, per_cell, width = level.shape
+        strides = (per_cell * width * num_cells, 1, width * num_cells, num_cells)
+        empty.append(level.new_empty_strided(level.shape, strides))
+    return empty
+
+
 def empty_gradients(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> list[Tensor]:
     """A dense tensor for each level of logits, then of deltas, of the same shape and in the common layout of all."""
     levels = [*cls_logits, *box_deltas]
-    if in_planes(levels):
-        planes = [level.permute(0, 2, 3, 1) for level in levels]
-        return [plane.new_empty(plane.shape).permute(0, 3, 1, 2) for plane in planes]
-    return [level.new_empty(level.shape) for level in levels]
+    return empty_like_levels(levels, in_planes(levels))
 
 
 def gather_rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def head_text(values: dict[str, Any]) -> str:
     head = values.get("HEAD")
     if not isinstance(head, HeadShape):
         return ""
-    return f"{head.classes}x{len(values['level_sizes'].cells)} {'planes' if head.planes else 'rows'}"
+    return f"{head.classes}x{len(values['levels'].cells)} {'planes' if head.planes else 'rows'}"
 
 
 def target_of(architecture: str) -> GPUTarget:

@@ -20,38 +20,38 @@ def outputs(memory_format: torch.memory_format) -> tuple[list[torch.Tensor], lis
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_maps_are_not_copied(memory_format: torch.memory_format) -> None:
     logits, deltas = outputs(memory_format)
-    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
-    assert bundle.shape.planes == (memory_format == torch.contiguous_format)
-    assert bundle.shape.classes == 5
-    for view, given in zip(bundle.logits.ptrs + bundle.deltas.ptrs, logits + deltas, strict=True):
+    levels, shape = head.levels_of(*view_as_levels(logits, deltas)[:2])
+    assert shape.planes == (memory_format == torch.contiguous_format)
+    assert shape.classes == 5
+    for view, given in zip(levels.logits + levels.deltas, logits + deltas, strict=True):
         assert view.data_ptr() == given.data_ptr()
-    assert bundle.level_sizes == ((12, 1), (2, 3))
+    assert (levels.cells, levels.per_cell) == ((12, 1), (2, 3))
 
 
-def test_packed_bundleare_not_copied() -> None:
+def test_packed_outputs_are_not_copied() -> None:
     logits, deltas = torch.randn(2, 9, 5), torch.randn(2, 9, 4)
-    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
-    assert not bundle.shape.planes
-    views = bundle.logits.ptrs + bundle.deltas.ptrs
+    levels, shape = head.levels_of(*view_as_levels(logits, deltas)[:2])
+    assert not shape.planes
+    views = levels.logits + levels.deltas
     assert [x.data_ptr() for x in views] == [logits.data_ptr(), deltas.data_ptr()]
 
 
-def test_a_slice_of_packed_bundleis_not_copied() -> None:
+def test_a_slice_of_packed_outputs_is_not_copied() -> None:
     # The rows of an image are dense, the images are not.
     logits, deltas = torch.randn(2, 9, 5)[:, 2:7], torch.randn(2, 9, 4)[:, 2:7]
-    bundle = head.bundle_outputs(*view_as_levels(logits, deltas)[:2])
-    views = bundle.logits.ptrs + bundle.deltas.ptrs
+    levels, _ = head.levels_of(*view_as_levels(logits, deltas)[:2])
+    views = levels.logits + levels.deltas
     assert [x.data_ptr() for x in views] == [logits.data_ptr(), deltas.data_ptr()]
-    assert (bundle.logits.strides, bundle.deltas.strides) == ((45,), (36,))
+    assert (levels.logits_strides, levels.deltas_strides) == ((45,), (36,))
 
 
 def test_maps_in_neither_layout_are_copied() -> None:
     logits, _ = outputs(torch.channels_last)
     _, deltas = outputs(torch.contiguous_format)
     views = view_as_levels(logits, deltas)[:2]
-    bundle = head.bundle_outputs(*views)
-    assert not bundle.shape.planes
-    for read, given in zip(bundle.logits.ptrs + bundle.deltas.ptrs, [*views[0], *views[1]], strict=True):
+    levels, shape = head.levels_of(*views)
+    assert not shape.planes
+    for read, given in zip(levels.logits + levels.deltas, [*views[0], *views[1]], strict=True):
         assert read[0].is_contiguous()
         assert torch.equal(read, given)
 

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from ssdcore.kernels import rules
+from ssdcore.kernels.device.constant import Constant
 
-MAX_LOG_SCALE = tl.constexpr(rules.MAX_LOG_SCALE)
+MAX_LOG_SCALE = Constant(rules.MAX_LOG_SCALE)
 
 
 class Box(NamedTuple):

@@ -1,7 +1,7 @@
 """The head's outputs in kernels: where they lie, and how a program finds its part of them.
 
 `ssdcore.kernels.levels` explains levels and their two memory layouts. A kernel reads all levels where they lie, in one
-launch. It gets tuples with an entry per level, and is compiled for a `HeadShape`. A block is a number of consecutive
+launch. It gets them as one bundle, `Levels`, and is compiled for a `HeadShape`. A block is a number of consecutive
 anchors of one level, in the order of memory. The blocks of a kernel are those of the first level, then those of the
 second, and so on.
 """
@@ -15,27 +15,25 @@ from torch import Tensor
 
 from ssdcore.kernels.device import boxmath
 from ssdcore.kernels.device.boxmath import Deltas
-from ssdcore.kernels.levels import in_planes
+from ssdcore.kernels.device.constant import Constant
+from ssdcore.kernels.levels import in_planes, rows_are_dense
 
 TILE_LOGITS = 8192  # logits that a program holds at once, with padding: 64 per thread at four warps
 MAX_TILE_ANCHORS = (
     64  # with 81 classes, 48 logits per thread: few enough registers for seven programs per multiprocessor
 )
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * log2(e))
+LOG2_E = Constant(1.4426950408889634)  # exp(x) is exp2(x * log2(e))
 
 
-class Maps(NamedTuple):
-    """The logits, or the deltas, of all levels."""
+class Levels(NamedTuple):
+    """The head's outputs as kernels take them: tuples with an element per level."""
 
-    ptrs: tuple[Tensor, ...]  # [B, P, a, C or 4] of each level
-    strides: tuple[int, ...]  # elements from one image to the next, of each level
-
-
-class LevelSizes(NamedTuple):
-    """How many anchors each level has."""
-
-    cells: tuple[int, ...]  # P of each level
-    per_cell: tuple[int, ...]  # a of each level
+    logits: tuple[Tensor, ...]  # [B, P, a, C]
+    deltas: tuple[Tensor, ...]  # [B, P, a, 4]; empty for kernels that read no deltas
+    logits_strides: tuple[int, ...]  # elements from one image to the next
+    deltas_strides: tuple[int, ...]
+    cells: tuple[int, ...]  # P
+    per_cell: tuple[int, ...]  # a
 
 
 class HeadShape(NamedTuple):
@@ -44,15 +42,6 @@ class HeadShape(NamedTuple):
     classes: int  # C, with the background
     chunk: int  # classes of a tile
     planes: bool  # levels lie in planes, not in rows
-
-
-class HeadOutputs(NamedTuple):
-    """The head's outputs as kernels take them."""
-
-    logits: Maps
-    deltas: Maps
-    level_sizes: LevelSizes
-    shape: HeadShape
 
 
 class LevelBlock(NamedTuple):
@@ -75,7 +64,7 @@ class Span(NamedTuple):
 # --- on the host ------------------------------------------------------------------------------------------
 
 
-def bundle_outputs(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> HeadOutputs:
+def levels_of(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> tuple[Levels, HeadShape]:
     """Bundle the head's outputs for kernels; copies only levels that lie in neither layout.
 
     Args:
@@ -84,22 +73,29 @@ def bundle_outputs(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -
     """
     planes = in_planes([*cls_logits, *box_deltas])
 
-    def maps_of(levels: Sequence[Tensor]) -> Maps:
-        readable = tuple(x if planes or not len(x) or x[0].is_contiguous() else x.contiguous() for x in levels)
-        return Maps(readable, tuple(x.stride(0) for x in readable))
-
-    num_classes = cls_logits[0].shape[3]
-    return HeadOutputs(
-        maps_of(cls_logits),
-        maps_of(box_deltas),
-        LevelSizes(tuple(x.shape[1] for x in cls_logits), tuple(x.shape[2] for x in cls_logits)),
-        HeadShape(num_classes, chunk_of(num_classes), planes),
+    logits, deltas = (
+        tuple(x if planes or rows_are_dense(x) else x.contiguous() for x in maps) for maps in (cls_logits, box_deltas)
     )
+    levels = Levels(
+        logits,
+        deltas,
+        tuple(x.stride(0) for x in logits),
+        tuple(x.stride(0) for x in deltas),
+        tuple(x.shape[1] for x in logits),
+        tuple(x.shape[2] for x in logits),
+    )
+    num_classes = logits[0].shape[3]
+    return levels, HeadShape(num_classes, chunk_of(num_classes), planes)
 
 
-def num_blocks(level_sizes: LevelSizes, block_anchors: int) -> int:
+def without_deltas(levels: Levels) -> Levels:
+    """The bundle for kernels that read no deltas."""
+    return levels._replace(deltas=(), deltas_strides=())
+
+
+def num_blocks(levels: Levels, block_anchors: int) -> int:
     """The number of blocks of `block_anchors` anchors that an image has."""
-    sizes = (cells * per_cell for cells, per_cell in zip(level_sizes.cells, level_sizes.per_cell, strict=True))
+    sizes = (cells * per_cell for cells, per_cell in zip(levels.cells, levels.per_cell, strict=True))
     return sum(triton.cdiv(size, block_anchors) for size in sizes)
 
 
@@ -141,29 +137,29 @@ def pick_int(values, level):
 
 
 @triton.jit
-def ptr_of_image(maps, block, image):
+def ptr_of_image(ptrs, strides, block, image):
     """Where an image's numbers begin on the level of `block`."""
-    return pick(maps.ptrs, block.level) + image * pick_int(maps.strides, block.level)
+    return pick(ptrs, block.level) + image * pick_int(strides, block.level)
 
 
 @triton.jit
-def locate_block(number, level_sizes, BLOCK: tl.constexpr):
+def locate_block(number, levels, BLOCK: tl.constexpr):
     """The level of block `number`, and where the block lies there."""
     level = tl.cast(0, tl.int32)
     blocks_before = tl.cast(0, tl.int32)
     first_anchor = tl.cast(0, tl.int32)
     num_blocks = tl.cast(0, tl.int32)
     num_anchors = tl.cast(0, tl.int32)
-    for i in tl.static_range(1, len(level_sizes.cells)):
-        size = tl.cast(level_sizes.cells[i - 1], tl.int32) * level_sizes.per_cell[i - 1]
+    for i in tl.static_range(1, len(levels.cells)):
+        size = tl.cast(levels.cells[i - 1], tl.int32) * levels.per_cell[i - 1]
         num_blocks += tl.cdiv(size, BLOCK)
         num_anchors += size
         beyond = number >= num_blocks
         level = tl.where(beyond, i, level)
         blocks_before = tl.where(beyond, num_blocks, blocks_before)
         first_anchor = tl.where(beyond, num_anchors, first_anchor)
-    num_cells = pick_int(level_sizes.cells, level).to(tl.int32)
-    per_cell = pick_int(level_sizes.per_cell, level).to(tl.int32)
+    num_cells = pick_int(levels.cells, level).to(tl.int32)
+    per_cell = pick_int(levels.per_cell, level).to(tl.int32)
     return LevelBlock(level, number - blocks_before, first_anchor, num_cells, per_cell)
 
 

@@ -7,10 +7,12 @@ equal scores apart. The bits of non-negative floats are ordered as the floats ar
 import triton
 import triton.language as tl
 
+from ssdcore.kernels.device.constant import Constant
+
 # The highest bit that any key of a kind has: the search for the k-th largest begins there.
-SCORE_TOP_BIT = tl.constexpr(29)  # int32 keys of scores: 1.0 is 0x3F800000
-FLOAT_TOP_BIT = tl.constexpr(30)  # int32 keys of any float: infinity is 0x7F800000
-NUMBERED_SCORE_TOP_BIT = tl.constexpr(32 + 29)  # int64 keys: a score above a number that makes the key unique
+SCORE_TOP_BIT = Constant(29)  # int32 keys of scores: 1.0 is 0x3F800000
+FLOAT_TOP_BIT = Constant(30)  # int32 keys of any float: infinity is 0x7F800000
+NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)  # int64 keys: a score above a number that makes the key unique
 
 
 @triton.jit

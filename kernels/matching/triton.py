@@ -21,13 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import columns, iou_or_zero, load_box, rows
+from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.rules import EXACT
 
 BLOCK_ANCHORS = 256  # anchors per program: 35 programs per image at 8732 anchors, so that a few images fill a GPU
 MATCH_TRUTHS = 8  # ground truths compared at once: 16 pairs per thread at four warps
 CLAIM_TRUTHS = 32  # ground truths that claim at once,
 CLAIM_BLOCKS = 64  # and blocks of anchors reduced at once: 16 keys per thread
-LAST_INDEX = tl.constexpr(0x7FFFFFFF)  # no ground truth and no anchor has this index
+LAST_INDEX = Constant(0x7FFFFFFF)  # no ground truth and no anchor has this index
 
 
 @triton.jit

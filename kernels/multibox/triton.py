@@ -27,11 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import Deltas, Weights, encode, load_box
+from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
     HeadShape,
     anchors_of_block,
-    bundle_outputs,
     exp_difference,
+    levels_of,
     load_deltas,
     load_logits,
     locate_block,
@@ -45,11 +46,11 @@ from ssdcore.kernels.device.head import (
     tile_of_chunk,
 )
 from ssdcore.kernels.device.selection import FLOAT_TOP_BIT, limit_of_k_largest
-from ssdcore.kernels.levels import empty_gradients
+from ssdcore.kernels.levels import empty_like_levels
 from ssdcore.kernels.rules import EXACT
 
-NAN_KEY = tl.constexpr(0x7FFFFFFF)  # mining key of a NaN, which is the hardest of all
-POSITIVE_KEY = tl.constexpr(-1)  # below the key of every candidate, because positives are not mined
+NAN_KEY = Constant(0x7FFFFFFF)  # mining key of a NaN, which is the hardest of all
+POSITIVE_KEY = Constant(-1)  # below the key of every candidate, because positives are not mined
 
 MINING_STEP = 2048  # keys marked at once, 4 per thread at sixteen warps: more would spill registers
 MAX_MINING_BLOCK = 16384  # keys of an image in registers: 32 per thread at sixteen warps
@@ -71,13 +72,6 @@ class Truth(NamedTuple):
     anchors_ptr: Tensor  # [A, 4] xyxy
 
 
-class Regression(NamedTuple):
-    """Settings of the box loss."""
-
-    weights: Weights
-    beta: float
-
-
 class Assignment(NamedTuple):
     """What is assigned to the anchors of a block."""
 
@@ -88,40 +82,12 @@ class Assignment(NamedTuple):
     valid: tl.tensor  # not positive, or inside with a label in 1..C-1
 
 
-class BlockSums(NamedTuple):
-    """Pointers to the sums over the positives of each block of anchors."""
-
-    positives_ptr: Tensor  # int32 [B, blocks]
-    losses_ptr: Tensor  # fp32 [2, B, blocks]: cross-entropy and smooth L1
-
-
-class ImageSums(NamedTuple):
-    """Pointers to the sums of each image."""
-
-    positives_ptr: Tensor  # int32 [B]
-    losses_ptr: Tensor  # fp32 [2, B]: cross-entropy of all selected anchors, smooth L1 of positives
-
-
 class Saved(NamedTuple):
     """Pointers to what the forward leaves for the backward."""
 
     lse_ptr: Tensor  # fp32 [B, A]: log-sum-exp
     selected_ptr: Tensor  # bool [B, A]
     scale_ptr: Tensor  # fp32 [B]: factor of the image's gradient
-
-
-class LossGradients(NamedTuple):
-    """Pointers to the gradients of the two losses, scalars."""
-
-    classification_ptr: Tensor
-    bbox_regression_ptr: Tensor
-
-
-class HeadGradients(NamedTuple):
-    """Pointers to the gradients of the head's outputs, which are dense and laid out as the outputs."""
-
-    logits: tuple[Tensor, ...]  # [B, P, a, C] of each level
-    deltas: tuple[Tensor, ...]  # [B, P, a, 4] of each level
 
 
 @triton.jit
@@ -161,27 +127,27 @@ def _smooth_l1_slope(difference, beta):
 
 @triton.jit
 def _row_loss_kernel(
-    logits,  # Maps
-    deltas,  # Maps
-    level_sizes,  # LevelSizes
+    levels,  # Levels
     truth,  # Truth
-    regression,  # Regression
     lse_ptr,  # fp32 [B, A]
     keys_ptr,  # int32 [B, A]
-    block_sums,  # BlockSums
+    block_positives_ptr,  # int32 [B, blocks]
+    block_losses_ptr,  # fp32 [2, B, blocks]: cross-entropy and smooth L1 of the positives
     num_anchors,
+    weights,  # Weights
+    beta,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     number, image = tl.program_id(0), tl.program_id(1)
-    block = locate_block(number, level_sizes, BLOCK)
+    block = locate_block(number, levels, BLOCK)
     anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
     anchor = block.first_anchor + anchor_in_level
     row = image.to(tl.int64) * num_anchors + anchor
     matched = tl.load(truth.matched_ptr + row, mask=exists, other=-1)
     assigned = _assign(truth, matched, exists, image, HEAD)
 
-    logits_ptr = ptr_of_image(logits, block, image)
+    logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
     span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
     top, total, _ = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
     lse = top + tl.log(total)
@@ -198,23 +164,23 @@ def _row_loss_kernel(
     box_loss = tl.zeros([BLOCK], tl.float32)
     # Most blocks have no positive.
     if tl.max(assigned.positive.to(tl.int32)) > 0:
-        target = _target_deltas(truth, assigned, anchor, regression.weights)
-        deltas_ptr = ptr_of_image(deltas, block, image)
-        delta = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
-        box_loss = _smooth_l1(delta.x - target.x, regression.beta) + _smooth_l1(delta.y - target.y, regression.beta)
-        box_loss = box_loss + _smooth_l1(delta.w - target.w, regression.beta)
-        box_loss = box_loss + _smooth_l1(delta.h - target.h, regression.beta)
+        target = _target_deltas(truth, assigned, anchor, weights)
+        deltas_ptr = ptr_of_image(levels.deltas, levels.deltas_strides, block, image)
+        deltas = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
+        box_loss = _smooth_l1(deltas.x - target.x, beta) + _smooth_l1(deltas.y - target.y, beta)
+        box_loss = box_loss + _smooth_l1(deltas.w - target.w, beta)
+        box_loss = box_loss + _smooth_l1(deltas.h - target.h, beta)
 
     sum_index = image * tl.num_programs(0) + number
-    tl.store(block_sums.positives_ptr + sum_index, tl.sum(assigned.positive.to(tl.int32)))
-    tl.store(block_sums.losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, cross_entropy, 0.0)))
-    box_losses_ptr = block_sums.losses_ptr + tl.num_programs(1) * tl.num_programs(0)
+    tl.store(block_positives_ptr + sum_index, tl.sum(assigned.positive.to(tl.int32)))
+    tl.store(block_losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, cross_entropy, 0.0)))
+    box_losses_ptr = block_losses_ptr + tl.num_programs(1) * tl.num_programs(0)
     box_loss = tl.where(assigned.valid, box_loss, float("nan"))
     tl.store(box_losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, box_loss, 0.0)))
 
 
 @triton.jit
-def _sum_blocks(block_sums, image, num_blocks, BLOCK: tl.constexpr):
+def _sum_blocks(block_positives_ptr, block_losses_ptr, image, num_blocks, BLOCK: tl.constexpr):
     """The number of positives of an image; and their cross-entropy and smooth L1, as partial sums [BLOCK]."""
     batch = tl.num_programs(0)
     positives = tl.zeros([BLOCK], tl.int32)
@@ -224,18 +190,20 @@ def _sum_blocks(block_sums, image, num_blocks, BLOCK: tl.constexpr):
         block = start + tl.arange(0, BLOCK)
         index = image * num_blocks + block
         mask = block < num_blocks
-        positives += tl.load(block_sums.positives_ptr + index, mask=mask, other=0)
-        cross_entropy += tl.load(block_sums.losses_ptr + index, mask=mask, other=0.0)
-        box_loss += tl.load(block_sums.losses_ptr + batch * num_blocks + index, mask=mask, other=0.0)
+        positives += tl.load(block_positives_ptr + index, mask=mask, other=0)
+        cross_entropy += tl.load(block_losses_ptr + index, mask=mask, other=0.0)
+        box_loss += tl.load(block_losses_ptr + batch * num_blocks + index, mask=mask, other=0.0)
     return tl.sum(positives), cross_entropy, box_loss
 
 
 @triton.jit
 def _mine_kernel(
     keys_ptr,  # int32 [B, A]
-    block_sums,  # BlockSums
+    block_positives_ptr,  # int32 [B, num_blocks]
+    block_losses_ptr,  # fp32 [2, B, num_blocks]
     selected_ptr,  # bool [B, A]
-    image_sums,  # ImageSums
+    image_positives_ptr,  # int32 [B]
+    image_losses_ptr,  # fp32 [2, B]: cross-entropy of all selected anchors, smooth L1 of positives
     num_anchors,
     num_blocks,
     neg_pos_ratio,
@@ -245,7 +213,9 @@ def _mine_kernel(
     SUM_BLOCK: tl.constexpr,
 ):
     image, batch = tl.program_id(0), tl.num_programs(0)
-    num_positives, positive_loss, box_loss = _sum_blocks(block_sums, image, num_blocks, SUM_BLOCK)
+    num_positives, positive_loss, box_loss = _sum_blocks(
+        block_positives_ptr, block_losses_ptr, image, num_blocks, SUM_BLOCK
+    )
 
     wanted = tl.ceil(neg_pos_ratio * num_positives.to(tl.float32))
     wanted = tl.maximum(wanted, tl.cast(min_negatives, tl.float32))
@@ -268,14 +238,15 @@ def _mine_kernel(
         tl.store(selected_ptr + row + anchor, mined | (keys < 0), mask=exists)
     classification = tl.sum(positive_loss) + tl.sum(negative_loss)
     classification = tl.where(tl.max(hardest) == NAN_KEY, float("nan"), classification)
-    tl.store(image_sums.positives_ptr + image, num_positives)
-    tl.store(image_sums.losses_ptr + image, classification)
-    tl.store(image_sums.losses_ptr + batch + image, tl.sum(box_loss))
+    tl.store(image_positives_ptr + image, num_positives)
+    tl.store(image_losses_ptr + image, classification)
+    tl.store(image_losses_ptr + batch + image, tl.sum(box_loss))
 
 
 @triton.jit
 def _reduce_kernel(
-    image_sums,  # ImageSums
+    image_positives_ptr,  # int32 [B]
+    image_losses_ptr,  # fp32 [2, B]
     classification_ptr,  # fp32 scalar
     bbox_regression_ptr,  # fp32 scalar
     scale_ptr,  # fp32 [B]: factor of the image's gradient
@@ -289,9 +260,9 @@ def _reduce_kernel(
     for start in range(0, batch, BLOCK):
         image = start + tl.arange(0, BLOCK)
         exists = image < batch
-        positives = tl.load(image_sums.positives_ptr + image, mask=exists, other=0)
-        cls_loss = tl.load(image_sums.losses_ptr + image, mask=exists, other=0.0)
-        box_loss = tl.load(image_sums.losses_ptr + batch + image, mask=exists, other=0.0)
+        positives = tl.load(image_positives_ptr + image, mask=exists, other=0)
+        cls_loss = tl.load(image_losses_ptr + image, mask=exists, other=0.0)
+        box_loss = tl.load(image_losses_ptr + batch + image, mask=exists, other=0.0)
         if PER_IMAGE:
             has_positives = positives > 0
             scale = tl.where(has_positives, tl.div_rn(1.0, positives.to(tl.float32) * batch), 0.0)
@@ -376,26 +347,27 @@ def _store_zeros_in_planes(
 #     dL / ddelta   = g_bbox_regression * s * (d / beta if |d| < beta, else sign(d))        0 for other than positives
 @triton.jit
 def _backward_kernel(
-    loss_gradients,  # LossGradients
-    logits,  # Maps
-    deltas,  # Maps
-    level_sizes,  # LevelSizes
-    gradients,  # HeadGradients
+    grad_classification_ptr,  # scalar
+    grad_bbox_regression_ptr,  # scalar
+    levels,  # Levels
+    grad_logits_ptrs,  # [B, P, a, C] of each level, dense, in the layout of the logits
+    grad_deltas_ptrs,  # [B, P, a, 4] of each level, dense, in the layout of the deltas
     truth,  # Truth
-    regression,  # Regression
     saved,  # Saved
     num_anchors,
+    weights,  # Weights
+    beta,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     ZEROS_AT_ONCE: tl.constexpr,
 ):
     number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = locate_block(number, level_sizes, BLOCK)
+    block = locate_block(number, levels, BLOCK)
     anchors_of_level = (block.num_cells * block.per_cell).to(tl.int64)
-    logits_ptr = ptr_of_image(logits, block, image)
-    deltas_ptr = ptr_of_image(deltas, block, image)
-    grad_logits_ptr, grad_deltas_ptr = pick(gradients.logits, block.level), pick(gradients.deltas, block.level)
+    logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
+    deltas_ptr = ptr_of_image(levels.deltas, levels.deltas_strides, block, image)
+    grad_logits_ptr, grad_deltas_ptr = pick(grad_logits_ptrs, block.level), pick(grad_deltas_ptrs, block.level)
     if not HEAD.planes:
         _fill_block_with_zeros(
             grad_logits_ptr, grad_deltas_ptr, block, image, anchors_of_level, HEAD, BLOCK, ZEROS_AT_ONCE
@@ -415,22 +387,22 @@ def _backward_kernel(
             matched = tl.load(truth.matched_ptr + row, mask=selected, other=-1)
             assigned = _assign(truth, matched, selected, image, HEAD)
             scale = tl.load(saved.scale_ptr + image)
-            factor = tl.load(loss_gradients.classification_ptr) * scale
+            factor = tl.load(grad_classification_ptr) * scale
             factor = tl.where(assigned.valid, factor, float("nan"))
             lse = tl.load(saved.lse_ptr + row, mask=selected, other=0.0)
             _store_logit_gradients(
                 grad_logits_ptr, logits_ptr, span, selected, exists, assigned.label, lse, factor, HEAD
             )
 
-            target = _target_deltas(truth, assigned, anchor, regression.weights)
-            delta = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
-            factor = tl.load(loss_gradients.bbox_regression_ptr) * scale
+            target = _target_deltas(truth, assigned, anchor, weights)
+            deltas = load_deltas(deltas_ptr, anchor_in_level, block, assigned.positive, HEAD)
+            factor = tl.load(grad_bbox_regression_ptr) * scale
             factor = tl.where(assigned.valid, factor, float("nan"))
             grad_deltas = Deltas(
-                tl.where(assigned.positive, _smooth_l1_slope(delta.x - target.x, regression.beta) * factor, 0.0),
-                tl.where(assigned.positive, _smooth_l1_slope(delta.y - target.y, regression.beta) * factor, 0.0),
-                tl.where(assigned.positive, _smooth_l1_slope(delta.w - target.w, regression.beta) * factor, 0.0),
-                tl.where(assigned.positive, _smooth_l1_slope(delta.h - target.h, regression.beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(deltas.x - target.x, beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(deltas.y - target.y, beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(deltas.w - target.w, beta) * factor, 0.0),
+                tl.where(assigned.positive, _smooth_l1_slope(deltas.h - target.h, beta) * factor, 0.0),
             )
             store_deltas(grad_deltas_ptr, anchor_in_level, block, grad_deltas, exists, HEAD)
         elif HEAD.planes:
@@ -462,11 +434,11 @@ def launch_multibox_loss(
     min_negatives: int,
     normalizer: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = bundle_outputs(cls_logits, box_deltas)
+    levels, head = levels_of(cls_logits, box_deltas)
     batch, num_anchors = matched_idxs.shape
     device = matched_idxs.device
-    block_anchors = tile_anchors(outputs.shape.classes)
-    blocks = num_blocks(outputs.level_sizes, block_anchors)
+    block_anchors = tile_anchors(head.classes)
+    blocks = num_blocks(levels, block_anchors)
 
     lse = torch.empty(batch, num_anchors, dtype=torch.float32, device=device)
     selected = torch.empty(batch, num_anchors, dtype=torch.bool, device=device)
@@ -474,25 +446,22 @@ def launch_multibox_loss(
     classification = torch.empty((), dtype=torch.float32, device=device)
     bbox_regression = torch.empty((), dtype=torch.float32, device=device)
     keys = torch.empty(batch, num_anchors, dtype=torch.int32, device=device)
-    block_sums = BlockSums(
-        torch.empty(batch, blocks, dtype=torch.int32, device=device),
-        torch.empty(2, batch, blocks, dtype=torch.float32, device=device),
-    )
-    image_sums = ImageSums(
-        torch.empty(batch, dtype=torch.int32, device=device), torch.empty(2, batch, dtype=torch.float32, device=device)
-    )
+    block_positives = torch.empty(batch, blocks, dtype=torch.int32, device=device)
+    block_losses = torch.empty(2, batch, blocks, dtype=torch.float32, device=device)
+    image_positives = torch.empty(batch, dtype=torch.int32, device=device)
+    image_losses = torch.empty(2, batch, dtype=torch.float32, device=device)
     if lse.numel():
         _row_loss_kernel[(blocks, batch)](
-            logits=outputs.logits,
-            deltas=outputs.deltas,
-            level_sizes=outputs.level_sizes,
+            levels=levels,
             truth=_truth_of(matched_idxs, gt_boxes, gt_labels, gt_offsets, anchors),
-            regression=Regression(Weights(*weights), beta),
             lse_ptr=lse,
             keys_ptr=keys,
-            block_sums=block_sums,
+            block_positives_ptr=block_positives,
+            block_losses_ptr=block_losses,
             num_anchors=num_anchors,
-            HEAD=outputs.shape,
+            weights=Weights(*weights),
+            beta=beta,
+            HEAD=head,
             BLOCK=block_anchors,
             num_warps=4,
             **EXACT,
@@ -500,9 +469,11 @@ def launch_multibox_loss(
     if batch:
         _mine_kernel[(batch,)](
             keys_ptr=keys,
-            block_sums=block_sums,
+            block_positives_ptr=block_positives,
+            block_losses_ptr=block_losses,
             selected_ptr=selected,
-            image_sums=image_sums,
+            image_positives_ptr=image_positives,
+            image_losses_ptr=image_losses,
             num_anchors=num_anchors,
             num_blocks=blocks,
             neg_pos_ratio=neg_pos_ratio,
@@ -514,7 +485,8 @@ def launch_multibox_loss(
             **EXACT,
         )
     _reduce_kernel[(1,)](
-        image_sums=image_sums,
+        image_positives_ptr=image_positives,
+        image_losses_ptr=image_losses,
         classification_ptr=classification,
         bbox_regression_ptr=bbox_regression,
         scale_ptr=scale,
@@ -543,25 +515,26 @@ def launch_multibox_loss_backward(
     weights: Sequence[float],
     beta: float,
 ) -> list[Tensor]:
-    gradients = empty_gradients(cls_logits, box_deltas)
     batch, num_anchors = matched_idxs.shape
+    levels, head = levels_of(cls_logits, box_deltas)
+    gradients = empty_like_levels([*cls_logits, *box_deltas], head.planes)
     if batch * num_anchors == 0:
         return gradients
-    outputs = bundle_outputs(cls_logits, box_deltas)
     num_levels = len(cls_logits)
-    _backward_kernel[(num_blocks(outputs.level_sizes, GRADIENT_ANCHORS), batch)](
-        loss_gradients=LossGradients(grad_classification, grad_bbox_regression),
-        logits=outputs.logits,
-        deltas=outputs.deltas,
-        level_sizes=outputs.level_sizes,
-        gradients=HeadGradients(tuple(gradients[:num_levels]), tuple(gradients[num_levels:])),
+    _backward_kernel[(num_blocks(levels, GRADIENT_ANCHORS), batch)](
+        grad_classification_ptr=grad_classification,
+        grad_bbox_regression_ptr=grad_bbox_regression,
+        levels=levels,
+        grad_logits_ptrs=tuple(gradients[:num_levels]),
+        grad_deltas_ptrs=tuple(gradients[num_levels:]),
         truth=_truth_of(matched_idxs, gt_boxes, gt_labels, gt_offsets, anchors),
-        regression=Regression(Weights(*weights), beta),
         saved=Saved(lse.contiguous(), selected.contiguous(), scale.contiguous()),
         num_anchors=num_anchors,
-        HEAD=outputs.shape,
+        weights=Weights(*weights),
+        beta=beta,
+        HEAD=head,
         BLOCK=GRADIENT_ANCHORS,
-        STEP=gradient_step(outputs.shape),
+        STEP=gradient_step(head),
         ZEROS_AT_ONCE=ZEROS_AT_ONCE,
         num_warps=4,
         **EXACT,

@@ -41,14 +41,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import columns, iou_or_zero, load_box, load_box_by_coordinate, rows, store_box
+from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.rules import EXACT, round_down, sort_key
 
 BLOCK_ROWS = 128  # rows per program: one per thread at four warps, so that a row's bits stay in its thread
 LISTED_AT_ONCE = 8  # kept boxes compared at once: eight pairs per thread
 COLLECT_BLOCK = 4096  # rows collected at once: 8 per thread at sixteen warps, three steps at 8732
-WORD_BITS = tl.constexpr(32)  # rows that a word of bits speaks for
-PUBLISHED = tl.constexpr(1 << 32)  # added to a published word, because a word of bits may be zero
-LOW_WORD = tl.constexpr(0xFFFFFFFF)
+WORD_BITS = Constant(32)  # rows that a word of bits speaks for
+PUBLISHED = Constant(1 << 32)  # added to a published word, because a word of bits may be zero
 
 
 class SortedBoxes(NamedTuple):
@@ -239,7 +239,7 @@ def _publish_words(words_ptr, kept, BLOCK: tl.constexpr):
     word = tl.arange(0, BLOCK // WORD_BITS)
     # Relaxed: nothing is read but the words. An atomic, so that no cache holds them back. They are added to zero,
     # because AMD's backend of Triton 3.6 cannot exchange a tensor.
-    published = (_pack(kept, BLOCK).to(tl.int64) & LOW_WORD) | PUBLISHED
+    published = _pack(kept, BLOCK).to(tl.uint32, bitcast=True).to(tl.int64) | PUBLISHED
     tl.atomic_add(words_ptr + word, published, sem="relaxed")
 
 
@@ -367,11 +367,12 @@ def _sort(
     if score_threshold is not None:
         keys = torch.where(keys > score_threshold, keys, -torch.inf)  # behind every candidate, which -inf cannot be
     keys, order = keys.sort(dim=1, descending=True, stable=True)
-    rows = ranks = classes = order
+    box_of_row = ranks = classes = order
     if idxs is not None:
-        classes, ranks = idxs.take_along_dim(order, dim=1).sort(dim=1, stable=True)
-        rows = order.take_along_dim(ranks, dim=1)
-    return SortedBoxes(boxes.take_along_dim(rows[..., None], dim=1), classes, ranks, keys), order
+        classes, ranks = idxs.gather(1, order).sort(dim=1, stable=True)
+        box_of_row = order.gather(1, ranks)
+    # `gather`, because `take_along_dim` takes twice the time on the host to come to the same call.
+    return SortedBoxes(boxes.gather(1, box_of_row[..., None].expand(-1, -1, 4)), classes, ranks, keys), order
 
 
 def launch_batched_nms_padded(

@@ -38,11 +38,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import Box, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
+from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
-    HeadOutputs,
+    HeadShape,
+    Levels,
     anchors_of_block,
-    bundle_outputs,
     exp_difference,
+    levels_of,
     load_deltas,
     load_logits,
     locate_block,
@@ -52,6 +54,7 @@ from ssdcore.kernels.device.head import (
     span_of,
     tile_anchors,
     tile_of_chunk,
+    without_deltas,
 )
 from ssdcore.kernels.device.selection import (
     NUMBERED_SCORE_TOP_BIT,
@@ -69,9 +72,8 @@ GATHER_BLOCK = 4096  # keys of anchors in registers, 16 per thread at eight warp
 SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at four warps
 CANDIDATES_AT_ONCE = 32  # candidates compared at once: with 32 others, 8 pairs per thread
 REST_ANCHORS = 256  # anchors read at once where an image is settled again: two per thread
-WORD_BITS = tl.constexpr(32)  # candidates that a word of bits speaks for
-LOW_WORD = tl.constexpr(0xFFFFFFFF)
-LAST_NUMBER = tl.constexpr(0x7FFFFFFF)  # no candidate has this number
+WORD_BITS = Constant(32)  # candidates that a word of bits speaks for
+LAST_NUMBER = Constant(0x7FFFFFFF)  # no candidate has this number
 
 
 class AnchorScores(NamedTuple):
@@ -148,7 +150,7 @@ def _key_of(score, class_index, anchor, num_anchors):
 @triton.jit
 def _number_of(key):
     """The number of a candidate: class_index * A + anchor."""
-    return _complement((key & LOW_WORD).to(tl.int32))
+    return _complement(key.to(tl.int32))  # the cast keeps the low word
 
 
 @triton.jit
@@ -171,8 +173,7 @@ def _zero_counters(counters, image, HEAD: tl.constexpr):
 
 @triton.jit
 def _row_kernel(
-    logits,  # Maps
-    level_sizes,  # LevelSizes
+    levels,  # Levels, without deltas
     anchor_scores,  # AnchorScores
     counters,  # Counters
     num_anchors,
@@ -184,9 +185,9 @@ def _row_kernel(
     if number == 0:
         _zero_counters(counters, image, HEAD)
 
-    block = locate_block(number, level_sizes, BLOCK)
+    block = locate_block(number, levels, BLOCK)
     anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
-    logits_ptr = ptr_of_image(logits, block, image)
+    logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
     span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
     top, total, powers = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
     class_id, _, _ = tile_of_chunk(span, exists, 0, HEAD)
@@ -235,9 +236,7 @@ def _list_candidates(
 
 @triton.jit
 def _gather_kernel(
-    logits,  # Maps
-    deltas,  # Maps
-    level_sizes,  # LevelSizes
+    levels,  # Levels
     anchors_ptr,  # [A, 4] xyxy
     image_sizes_ptr,  # [B, 2] height, width
     weights,  # Weights
@@ -261,21 +260,21 @@ def _gather_kernel(
     height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
     width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
     for number in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        block = locate_block(number, level_sizes, BLOCK)
+        block = locate_block(number, levels, BLOCK)
         anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
         anchor = block.first_anchor + anchor_in_level
         row = image * num_anchors + anchor
         best = tl.load(anchor_scores.best_ptr + row, mask=exists, other=-1)
         has_candidate = best >= 0
         if tl.max(best) >= 0:
-            deltas_ptr = ptr_of_image(deltas, block, image)
-            delta = load_deltas(deltas_ptr, anchor_in_level, block, has_candidate, HEAD)
-            box = decode(delta, load_box(anchors_ptr, anchor, has_candidate), weights)
+            deltas_ptr = ptr_of_image(levels.deltas, levels.deltas_strides, block, image)
+            deltas = load_deltas(deltas_ptr, anchor_in_level, block, has_candidate, HEAD)
+            box = decode(deltas, load_box(anchors_ptr, anchor, has_candidate), weights)
             clipped = Box(_clip(box.x1, width), _clip(box.y1, height), _clip(box.x2, width), _clip(box.y2, height))
             store_box(boxes_ptr, row, clipped, has_candidate)
         if tl.max(best) > cutoff:
             above = best > cutoff
-            logits_ptr = ptr_of_image(logits, block, image)
+            logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
             span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
             top = tl.load(anchor_scores.top_ptr + row, mask=above, other=0.0)
             total = tl.load(anchor_scores.total_ptr + row, mask=above, other=1.0)
@@ -464,18 +463,19 @@ def _class_kernel(
 
 @triton.jit
 def _list_all_candidates(
-    problem, logits, level_sizes, anchor_scores, image, num_blocks, sizes, score_threshold,
+    problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold,
     HEAD: tl.constexpr, ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """List the candidates of one class without a cutoff, the k best of them at least; returns their number."""
     listed = 0
     for number in range(num_blocks):
-        block = locate_block(number, level_sizes, ANCHORS)
+        block = locate_block(number, levels, ANCHORS)
         anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, ANCHORS)
         anchor = block.first_anchor + anchor_in_level
         row = image * sizes.anchors + anchor
         span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
-        logits_ptr = ptr_of_image(logits, block, image) + span.start + (problem.class_index + 1) * span.stride
+        logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
+        logits_ptr += span.start + (problem.class_index + 1) * span.stride
         logit = tl.load(logits_ptr, mask=exists, other=-float("inf")).to(tl.float32)
         top = tl.load(anchor_scores.top_ptr + row, mask=exists, other=0.0)
         total = tl.load(anchor_scores.total_ptr + row, mask=exists, other=1.0)
@@ -498,8 +498,7 @@ def _list_all_candidates(
 @triton.jit
 def _rest_kernel(
     unsettled_ptr,  # int32 [B]
-    logits,  # Maps
-    level_sizes,  # LevelSizes
+    levels,  # Levels, without deltas
     anchor_scores,  # AnchorScores
     boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes
     scratch,  # Scratch
@@ -518,17 +517,7 @@ def _rest_kernel(
     if tl.load(unsettled_ptr + image) != 0:
         problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
         count = _list_all_candidates(
-            problem,
-            logits,
-            level_sizes,
-            anchor_scores,
-            image,
-            num_blocks,
-            sizes,
-            score_threshold,
-            HEAD,
-            ANCHORS,
-            BLOCK,
+            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, BLOCK
         )
         _settle_class(problem, count, sizes, iou_threshold, BLOCK, AT_ONCE)
         if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
@@ -560,8 +549,8 @@ def launch_postprocess_detections(
     topk_candidates: int,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = bundle_outputs(cls_logits, box_deltas)
-    batch, num_foreground, device = len(image_sizes), outputs.shape.classes - 1, anchors.device
+    levels, head = levels_of(cls_logits, box_deltas)
+    batch, num_foreground, device = len(image_sizes), head.classes - 1, anchors.device
     sizes = sizes_of(len(anchors), topk_candidates, max_detections)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -595,9 +584,9 @@ def launch_postprocess_detections(
     cutoff, unsettled = empty(torch.int32, batch), empty(torch.int32, batch)
     iou_threshold = round_down(iou_threshold)
 
-    _launch_rows(outputs, anchor_scores, counters, batch, score_threshold)
+    _launch_rows(levels, head, anchor_scores, counters, batch, score_threshold)
     _launch_gathering(
-        outputs, anchors, image_sizes, weights, anchor_scores, decoded, scratch, counters, cutoff, sizes,
+        levels, head, anchors, image_sizes, weights, anchor_scores, decoded, scratch, counters, cutoff, sizes,
         score_threshold,
     )  # fmt: skip
     _class_kernel[(num_foreground, batch)](
@@ -616,18 +605,17 @@ def launch_postprocess_detections(
     )
     _rest_kernel[(num_foreground, batch)](
         unsettled_ptr=unsettled,
-        logits=outputs.logits,
-        level_sizes=outputs.level_sizes,
+        levels=without_deltas(levels),
         anchor_scores=anchor_scores,
         boxes_ptr=decoded,
         scratch=scratch,
         counters=counters,
         output=output,
-        num_blocks=num_blocks(outputs.level_sizes, REST_ANCHORS),
+        num_blocks=num_blocks(levels, REST_ANCHORS),
         sizes=sizes,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
-        HEAD=outputs.shape,
+        HEAD=head,
         ANCHORS=REST_ANCHORS,
         BLOCK=SELECT_BLOCK,
         AT_ONCE=CANDIDATES_AT_ONCE,
@@ -638,21 +626,21 @@ def launch_postprocess_detections(
 
 
 def _launch_rows(
-    outputs: HeadOutputs,
+    levels: Levels,
+    head: HeadShape,
     anchor_scores: AnchorScores,
     counters: Counters,
     batch: int,
     score_threshold: float,
 ) -> None:
-    block_anchors = tile_anchors(outputs.shape.classes)
-    _row_kernel[(num_blocks(outputs.level_sizes, block_anchors), batch)](
-        logits=outputs.logits,
-        level_sizes=outputs.level_sizes,
+    block_anchors = tile_anchors(head.classes)
+    _row_kernel[(num_blocks(levels, block_anchors), batch)](
+        levels=without_deltas(levels),
         anchor_scores=anchor_scores,
         counters=counters,
         num_anchors=anchor_scores.top_ptr.shape[1],
         score_threshold=score_threshold,
-        HEAD=outputs.shape,
+        HEAD=head,
         BLOCK=block_anchors,
         num_warps=4,
         **EXACT,
@@ -660,7 +648,8 @@ def _launch_rows(
 
 
 def _launch_gathering(
-    outputs: HeadOutputs,
+    levels: Levels,
+    head: HeadShape,
     anchors: Tensor,
     image_sizes: Tensor,
     weights: Sequence[float],
@@ -672,12 +661,10 @@ def _launch_gathering(
     sizes: Sizes,
     score_threshold: float,
 ) -> None:
-    block_anchors = min(tile_anchors(outputs.shape.classes), GATHER_ANCHORS)
-    blocks, batch = num_blocks(outputs.level_sizes, block_anchors), len(image_sizes)
+    block_anchors = min(tile_anchors(head.classes), GATHER_ANCHORS)
+    blocks, batch = num_blocks(levels, block_anchors), len(image_sizes)
     _gather_kernel[(min(blocks, max(1, GATHER_PROGRAMS // batch)), batch)](
-        logits=outputs.logits,
-        deltas=outputs.deltas,
-        level_sizes=outputs.level_sizes,
+        levels=levels,
         anchors_ptr=anchors.contiguous(),
         image_sizes_ptr=image_sizes.contiguous(),
         weights=Weights(*weights),
@@ -690,7 +677,7 @@ def _launch_gathering(
         num_blocks=blocks,
         capacity=sizes.capacity,
         score_threshold=score_threshold,
-        HEAD=outputs.shape,
+        HEAD=head,
         BLOCK=block_anchors,
         SELECT_BLOCK=GATHER_BLOCK,
         num_warps=8,
