@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
-from ssdcore.cli import usable_cores
+from ssdcore.cores import usable_cores
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
 from ssdcore.synthetic import make_synthetic

@@ -34,7 +34,7 @@ from cases import REGISTRY, Case, Shape, Workload
 from record import OURS, Results, Row
 from tqdm import tqdm
 
-from ssdcore.cli import usable_cores
+from ssdcore.cores import usable_cores
 
 FOLDER = Path(__file__).resolve().parent
 SHORT_NOTE = 200  # characters of an error

@@ -3,7 +3,6 @@
 # Whatever imports torch is imported by the command that needs it: `ssdcore --help` answers at once.
 
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,8 @@ if missing := [name for name in EXTRA if find_spec(name) is None]:
     raise SystemExit(f"ssdcore's commands need {', '.join(missing)}: pip install 'ssdcore[train]'")
 
 import typer  # noqa: E402
+
+from ssdcore.cores import usable_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -339,11 +340,6 @@ def _device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu or auto: there is no GPU that this PyTorch can use")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def usable_cores() -> int:
-    """Of the machine's, those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share_cores(workers: int | None) -> int:

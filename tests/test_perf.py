@@ -608,6 +608,35 @@ def test_a_mistake_is_explained(tmp_path: Path, arguments: list[str], message: s
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+def without_packages(packages: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of perf/ as on a machine where `packages` are not installed."""
+    script = str(ROOT / "perf" / arguments[0])
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({packages}))
+sys.path.insert(0, {str(ROOT / "perf")!r})
+sys.argv = {list(arguments)}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=inherited)
+
+
+COMMAND_LINE_PACKAGES = ["typer", "pycocotools", "safetensors", "tensorboard"]
+
+
+def test_the_ops_are_timed_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
+    arguments = ["run.py", "--device", "cpu", "--quick", "--case", "encode_boxes"]
+    result = without_packages(COMMAND_LINE_PACKAGES, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1].startswith("encode_boxes")
+
+
+def test_the_detector_is_timed_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
+    listed = without_packages(COMMAND_LINE_PACKAGES, "run.py", "--list", "--device", "cpu", cwd=tmp_path)
+    assert {"training step", "inference"} <= {line[:20].strip() for line in listed.stdout.splitlines()}
+
+
 def test_the_interpreter_is_not_timed(tmp_path: Path) -> None:
     result = command("run.py", "--case", "nms", cwd=tmp_path, TRITON_INTERPRET="1")
     assert result.returncode != 0 and "unset TRITON_INTERPRET" in result.stderr
