@@ -517,6 +517,18 @@ def test_charts_carry_a_digest_of_what_they_show() -> None:
     assert charts.digest(slower, list(slower.by_key())) != charts.digest(run, keys)
 
 
+def test_eager_is_a_peer_on_a_gpu_only() -> None:
+    rows = [timed(provider, replay=0.5) for provider in ("ssdcore", "torchvision", "eager", "torch.compile")]
+    on_cpu, on_gpu = Results(FACTS, rows), Results({**FACTS, "kind": "cuda"}, rows)
+    assert on_cpu.peers == ["torchvision"]
+    assert on_gpu.peers == ["torchvision", "eager", "torch.compile"]
+    keys = list(on_cpu.by_key())
+    for shown in (tables.table, lambda run: readme.section({"x": run}), lambda run: str(charts.charts(run, keys))):
+        assert "eager" not in shown(on_cpu) and "torch.compile" not in shown(on_cpu)
+        assert "eager" in shown(on_gpu) and "torch.compile" in shown(on_gpu)
+    assert list(scaling.curves(on_cpu, "B")) == ["ssdcore", "ssdcore (graph)", "torchvision"]
+
+
 def test_a_comparison_is_drawn(tmp_path: Path) -> None:
     runs = {"one": Results(FACTS, [timed()]), "two": Results(FACTS, [timed(median=2.0)])}
     assert "2.00 ms (2.00x)" in comparison.table(runs)

@@ -71,7 +71,7 @@ def _bars(count: int, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 1.4 + BAR * count), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize="medium")
-    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_ylim(max(count, 1) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

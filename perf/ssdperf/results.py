@@ -7,6 +7,8 @@ from typing import Any
 
 SCHEMA = 1  # of the JSON; raised when its meaning changes
 OURS = "ssdcore"
+# On a CPU ssdcore runs eager behind the dispatcher, so that eager and its compiled form are no peers there.
+OURS_ON_CPU = (OURS, "eager", "torch.compile")
 STATUSES = ("timed", "wrong", "failed")
 Key = tuple[str, str, str]  # case, shape, dtype: identifies a problem
 
@@ -79,7 +81,8 @@ class Results:
     @property
     def peers(self) -> list[str]:
         """The providers that ssdcore is compared with, in the order of the run."""
-        return [provider for provider in dict.fromkeys(row.provider for row in self.rows) if provider != OURS]
+        ours = OURS_ON_CPU if self.facts["kind"] == "cpu" else (OURS,)
+        return [provider for provider in dict.fromkeys(row.provider for row in self.rows) if provider not in ours]
 
 
 def load(path: Path) -> Results:
