@@ -6,22 +6,20 @@ sets and the share of the floor that ssdcore reaches. perf/README.md says how to
 """
 
 import argparse
-import gc
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from ssdperf import comparison, environment, measurement, results, tables, timing
-from ssdperf.results import Results, Row, shape_text
+from ssdperf import benchmark, comparison, environment, measurement, results, tables, timing
+from ssdperf.progress import UNFINISHED
+from ssdperf.results import Results
 
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
-def arguments_and_parser() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="such as nms or 'nms*'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -40,66 +38,56 @@ def arguments_and_parser() -> tuple[argparse.Namespace, argparse.ArgumentParser]
         metavar="FILE",
         help="results to write (default: perf/results/<device>.json if all cases run at all shapes, otherwise none)",
     )
-    return parser.parse_args(), parser
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the results in the output file: measure only what they do not hold, with their bandwidth. The "
+        "file must be of the same commit, code, device and versions. Otherwise nothing is measured and nothing is "
+        "overwritten, because the facts at the head of a file hold for all of its rows and may be hard to measure "
+        f"again. Exits with {UNFINISHED} if shapes remain.",
+    )
+    return parser
 
 
-def main() -> None:
-    arguments, parser = arguments_and_parser()
+def main() -> int:
+    parser = arguments_parser()
+    arguments = parser.parse_args()
     measurement.prepare(arguments.device, parser)
-    try:
-        baseline = results.load(arguments.baseline) if arguments.baseline else None
-    except ValueError as error:
-        parser.error(str(error))
-
-    work = [
-        (case, shape, number == 0)
-        for case in measurement.selected(arguments.case)
-        for number, shape in enumerate(case.shapes_for(arguments.device, arguments.quick))
-    ]
+    work = benchmark.problems(arguments.case, arguments.device, arguments.quick)
     if arguments.list:
         for case, shape, _ in work:
-            print(f"{case.name:20}{shape_text(shape)}")
+            print(f"{case.name:20}{results.shape_text(shape)}")
         print(measurement.left_out_text(), end="")
-        return
+        return 0
 
-    facts = environment.facts(arguments.device)
+    facts = environment.facts(arguments.device) | {"quick": arguments.quick}
     output = arguments.output
     if output is None and arguments.case == ["*"] and not arguments.quick:
         output = FOLDER / f"{environment.file_stem(facts['device'])}.json"
-    bandwidth = timing.copy_bandwidth(arguments.device)
-    facts |= {"quick": arguments.quick, "bandwidth": round(bandwidth)}
-
-    started = time.monotonic()
-    rows: dict[int, list[Row]] = {}
-    skipped = 0
-    found = Results(facts, [])
-    order = sorted(range(len(work)), key=lambda number: not work[number][2])  # headlines first
-    with tqdm(order, unit="shape", disable=None) as progress:
-        for number in progress:
-            case, shape, first = work[number]
-            if time.monotonic() - started > 60 * arguments.minutes:
-                skipped += 1
-                continue
-            progress.set_description(f"{case.name} {shape_text(shape)}")
-            rows[number] = measurement.rows_of(case, shape, arguments.device, bandwidth, compiled=first)
-            found = Results(facts, [row for key in sorted(rows) for row in rows[key]])
-            if output:  # after every shape, so that an interruption loses only one
-                found.save(output)
-            gc.collect()
-            if arguments.device == "cuda":
-                torch.cuda.empty_cache()
+    if arguments.resume and output is None:
+        parser.error("--resume needs --output, unless all cases run at all shapes")
+    try:
+        baseline = results.load(arguments.baseline) if arguments.baseline else None
+        found = benchmark.resumed(output, facts) if arguments.resume and output.exists() else None
+    except ValueError as error:
+        parser.error(str(error))
+    if found is None:
+        found = Results(facts | {"bandwidth": round(timing.copy_bandwidth(arguments.device))}, [])
+    found, left = benchmark.run(work, found, minutes=arguments.minutes, output=output)
 
     print(tables.table(found))
     if any(row.stages for row in found.rows):
         print("\n" + tables.stage_table(found))
     print(f"\n{measurement.notes(found)}{measurement.left_out_text()}", end="")
-    print(f"{tables.device_text(facts)}; a copy moves {bandwidth / 1e9:.0f} GB/s")
-    if skipped:
-        print(f"{skipped} of {len(work)} shapes were not begun within {arguments.minutes:g} minutes")
+    print(f"{tables.device_text(found.facts)}; a copy moves {found.facts['bandwidth'] / 1e9:.0f} GB/s")
+    if left:
+        limit = "" if math.isinf(arguments.minutes) else f" within {arguments.minutes:g} minutes"
+        print(f"{left} of {len(work)} shapes were not begun{limit}")
     if baseline:
         print("\n" + comparison.changes(baseline, found))
     if output:
         print(f"wrote {output}; python perf/plot.py draws it, python perf/report.py writes the README's tables")
+    return UNFINISHED if arguments.resume and left else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import torchvision
 from ssdcore import kernels
 from ssdperf import (
     baseline,
+    benchmark,
     charts,
     comparison,
     counting,
+    environment,
     inputs,
     measurement,
     readme,
@@ -33,6 +36,7 @@ from ssdperf import (
 )
 from ssdperf.cases import detector
 from ssdperf.differences import same_detections, same_kept, same_matches, within
+from ssdperf.progress import FAILED, PASSED, Progress
 from ssdperf.registry import REGISTRY, Case, Workload, grid, on_cpu, star
 from ssdperf.results import Results, Row
 
@@ -470,6 +474,98 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, messag
 )
 def test_figures_as_text(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+# --- runs that continue -----------------------------------------------------------------------------------
+
+
+def made_up_problems(built: list[str]) -> list[benchmark.Problem]:
+    """Return the problems of two made-up cases with two shapes each; `built` receives each problem that is measured."""
+
+    def case(name: str) -> Case:
+        def build(device: str, dtype: torch.dtype, N: int) -> Workload:
+            built.append(f"{name} {N}")
+            return Workload({"ssdcore": lambda: torch.ones(N), "eager": lambda: torch.ones(N)})
+
+        return Case(name, build, [], [])
+
+    shapes = [{"N": N, "dtype": "float32"} for N in (1, 2)]
+    return [benchmark.Problem(case(name), shape, shape["N"] == 1) for name in "ab" for shape in shapes]
+
+
+CPU_FACTS = {**FACTS, "bandwidth": 1e9}
+
+
+def test_headlines_are_measured_first_and_rows_keep_the_order_of_the_cases(tmp_path: Path) -> None:
+    built: list[str] = []
+    file = tmp_path / "x.json"
+    found, left = benchmark.run(made_up_problems(built), Results(CPU_FACTS, []), minutes=math.inf, output=file)
+    assert built == ["a 1", "b 1", "a 2", "b 2"] and left == 0
+    assert [(row.case, row.shape["N"]) for row in found.rows[::2]] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert results.load(file).by_key().keys() == found.by_key().keys()
+
+
+def test_a_run_that_continues_measures_only_what_is_missing() -> None:
+    built: list[str] = []
+    work = made_up_problems(built)
+    found, left = benchmark.run(work, Results(CPU_FACTS, []), minutes=0, output=None)
+    assert (found.rows, left, built) == ([], 4, [])
+    first, left = benchmark.run(work[1:3], found, minutes=math.inf, output=None)
+    assert built == ["b 1", "a 2"] and left == 0
+    whole, left = benchmark.run(work, first, minutes=math.inf, output=None)
+    assert built == ["b 1", "a 2", "a 1", "b 2"] and left == 0
+    assert [(row.case, row.shape["N"]) for row in whole.rows[::2]] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert all(row in whole.rows for row in first.rows)
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = made_up_problems([])
+    rows = {"a": [replace(timed(), case="a", shape={"N": 1})]}
+
+    def interrupted(case: Case, *_: Any, **__: Any) -> list[Row]:
+        if case.name == "b":
+            raise KeyboardInterrupt
+        return rows[case.name]
+
+    monkeypatch.setattr(benchmark, "rows_of", interrupted)
+    found, left = benchmark.run(work, Results(CPU_FACTS, []), minutes=math.inf, output=None)
+    assert found.rows == rows["a"] and left == 3
+
+
+@pytest.mark.parametrize("fact", ["commit", "code", "device", "torch", "quick"])
+def test_a_run_continues_only_results_of_the_same_code_and_machine(tmp_path: Path, fact: str) -> None:
+    facts = dict.fromkeys(benchmark.SHARED_FACTS, "same") | {"bandwidth": 1e9}
+    Results(facts, []).save(tmp_path / "x.json")
+    assert benchmark.resumed(tmp_path / "x.json", facts) == Results(facts, [])
+    with pytest.raises(ValueError, match=rf"x.json holds results of {fact} same \(now other\): remove the file"):
+        benchmark.resumed(tmp_path / "x.json", facts | {fact: "other"})
+
+
+def test_progress_is_kept_between_calls(tmp_path: Path) -> None:
+    first = Progress(tmp_path / "new" / "x.jsonl", {"code": "a"})
+    first.record("one", PASSED)
+    first.record("two", FAILED, "why")
+    second = Progress(first.path, {"code": "a"})
+    assert second.names(PASSED) == ["one"] and second.names(FAILED) == ["two"] and not second.restarted
+    second.record("two", PASSED)
+    assert Progress(first.path, {"code": "a"}).names(PASSED) == ["one", "two"]
+
+
+def test_progress_begins_anew_for_other_code(tmp_path: Path) -> None:
+    Progress(tmp_path / "x.jsonl", {"code": "a"}).record("one", PASSED)
+    other = Progress(tmp_path / "x.jsonl", {"code": "b"})
+    assert other.results == {} and other.restarted
+    assert Progress(tmp_path / "x.jsonl", {"code": "b"}).results == {}
+
+
+def test_the_code_digest_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    digests = []
+    for content in ("a = 1\n", "a = 2\n", "a = 1\n"):
+        (tmp_path / "kernels" / "x.py").write_text(content)
+        digests.append(environment.code_digest("kernels"))
+    assert digests[0] == digests[2] != digests[1]
 
 
 # --- comparing and showing --------------------------------------------------------------------------------

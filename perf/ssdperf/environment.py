@@ -4,6 +4,7 @@ The functions that need torch import it themselves, so that other facts are to b
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -44,6 +45,7 @@ def facts(device: str) -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "commit": commit(),
+        "code": code_digest("kernels", "ssdcore", "perf"),
         "modified": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -65,6 +67,17 @@ def file_stem(name: str) -> str:
 
 def commit() -> str | None:
     return _git("rev-parse", "HEAD") or os.environ.get("SSDCORE_COMMIT")
+
+
+def code_digest(*folders: str) -> str:
+    """Return a hash of the Python files in folders of the repository.
+
+    It tells whether two measurements are of the same code, also where git's history was not copied along.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def version(package: str) -> str | None:
