@@ -554,8 +554,8 @@ def test_progress_is_kept_between_calls(tmp_path: Path) -> None:
 def test_progress_begins_anew_for_other_code(tmp_path: Path) -> None:
     Progress(tmp_path / "x.jsonl", {"code": "a"}).record("one", PASSED)
     other = Progress(tmp_path / "x.jsonl", {"code": "b"})
-    assert other.results == {} and other.restarted
-    assert Progress(tmp_path / "x.jsonl", {"code": "b"}).results == {}
+    assert other.names(PASSED) == [] and other.restarted
+    assert Progress(tmp_path / "x.jsonl", {"code": "b"}).names(PASSED) == []
 
 
 def test_the_code_digest_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

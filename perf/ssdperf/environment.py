@@ -51,6 +51,12 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
+def identity(device: str, *folders: str) -> dict[str, Any]:
+    """Return what must be equal for a result to count again: the device, the versions, the code in `folders`."""
+    versions = {name: version(name) for name in ("torch", "triton")}
+    return {"device": device_name(device), **versions, "code": code_digest(*folders)}
+
+
 def device_name(device: str) -> str:
     """Return the name of the GPU or CPU. A MIG slice is part of the name: "NVIDIA A100-SXM4-40GB MIG 1g.5gb"."""
     if device == "cpu":

@@ -192,12 +192,19 @@ def measured_stages(steps: Mapping[str, timing.Staged], device: str, workload: W
 
 
 def stop_if_gpu_is_lost(error: Exception) -> None:
-    """Exit if the GPU answers nothing more, as after some errors. What was measured before is saved by then."""
+    """Exit if this process can no longer use the GPU. What was measured before is saved by then."""
+    if gpu_is_lost():
+        raise SystemExit(f"the GPU no longer answers, after {error_text(error)}") from error
+
+
+def gpu_is_lost() -> bool:
+    """Tell whether this process can no longer use the GPU, as after a kernel's illegal memory access."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            raise SystemExit(f"the GPU no longer answers, after {error_text(error)}") from error
+            return True
+    return False
 
 
 def error_text(error: Exception) -> str:

@@ -19,21 +19,22 @@ class Progress:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         """Open the file; begin a new one if there is none, or if the existing one has another identity."""
         self.path = path
-        self.results: dict[str, str] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.restarted = bool(lines) and json.loads(lines[0]) != identity
-        if not lines or self.restarted:
+        known = json.loads(path.read_text().splitlines()[0]) if path.exists() else None
+        self.restarted = known not in (None, identity)
+        if known != identity:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(identity) + "\n")
-            return
-        for line in lines[1:]:
-            entry = json.loads(line)
-            self.results[entry["name"]] = entry["status"]
 
     def names(self, status: str) -> list[str]:
-        return [name for name, found in self.results.items() if found == status]
+        entries = map(json.loads, self.path.read_text().splitlines()[1:])
+        statuses = {entry["name"]: entry["status"] for entry in entries}
+        return [name for name, found in statuses.items() if found == status]
 
     def record(self, name: str, status: str, note: str = "") -> None:
-        self.results[name] = status
-        with self.path.open("a") as file:
-            file.write(json.dumps({"name": name, "status": status, "note": note}) + "\n")
+        append(self.path, name, status, note)
+
+
+def append(path: Path, name: str, status: str, note: str = "") -> None:
+    """Add a result to the file of a `Progress`; for a process that knows no more than the path."""
+    with path.open("a") as file:
+        file.write(json.dumps({"name": name, "status": status, "note": note}) + "\n")

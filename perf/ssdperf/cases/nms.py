@@ -58,16 +58,16 @@ def nms(device: str, dtype: torch.dtype, N: int, boxes: str) -> Workload:
     quick=[{"N": 8732, "K": 80, "dtype": "float32"}],
     sweep=BOX_SWEEP,
 )
-def batched_nms(device: str, dtype: torch.dtype, N: int, K: int) -> Workload:
-    boxes, scores = inputs.nms_boxes("clustered", N, device)
+def batched_nms(device: str, dtype: torch.dtype, N: int, K: int, boxes: str = "clustered") -> Workload:
+    corners, scores = inputs.nms_boxes(boxes, N, device)
     idxs = torch.randint(K, (N,), device=device)
     return Workload(
         {
-            "ssdcore": lambda: kernels.batched_nms(boxes, scores, idxs, IOU_THRESHOLD),
-            "torchvision": lambda: torchvision.ops.batched_nms(boxes, scores, idxs, IOU_THRESHOLD),
-            "eager": lambda: baseline.nms(boxes, scores, idxs, IOU_THRESHOLD),
+            "ssdcore": lambda: kernels.batched_nms(corners, scores, idxs, IOU_THRESHOLD),
+            "torchvision": lambda: torchvision.ops.batched_nms(corners, scores, idxs, IOU_THRESHOLD),
+            "eager": lambda: baseline.nms(corners, scores, idxs, IOU_THRESHOLD),
         },
-        reads=(boxes, scores, idxs),
+        reads=(corners, scores, idxs),
     )
 
 
@@ -77,18 +77,18 @@ def batched_nms(device: str, dtype: torch.dtype, N: int, K: int) -> Workload:
     quick=[{"B": 4, "N": 1000, "K": 80, "dtype": "float32"}],
     sweep={"B": SSD_SWEEP["B"], "N": (100, 300, 1000, 3000)},
 )
-def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int) -> Workload:
-    pairs = [inputs.nms_boxes("clustered", N, device) for _ in range(B)]
-    boxes, scores = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int, boxes: str = "clustered") -> Workload:
+    pairs = [inputs.nms_boxes(boxes, N, device) for _ in range(B)]
+    corners, scores = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
     idxs = torch.randint(K, (B, N), device=device)
     return Workload(
         {
-            "ssdcore": lambda: kernels.batched_nms_padded(boxes, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT),
+            "ssdcore": lambda: kernels.batched_nms_padded(corners, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT),
             "torchvision": lambda: [
-                torchvision.ops.batched_nms(*image, IOU_THRESHOLD) for image in zip(boxes, scores, idxs, strict=True)
+                torchvision.ops.batched_nms(*image, IOU_THRESHOLD) for image in zip(corners, scores, idxs, strict=True)
             ],
-            "eager": lambda: baseline.batched_nms_padded(boxes, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT, None),
+            "eager": lambda: baseline.batched_nms_padded(corners, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT, None),
         },
-        reads=(boxes, scores, idxs),
+        reads=(corners, scores, idxs),
         difference=same_kept,
     )
