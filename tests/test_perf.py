@@ -95,6 +95,7 @@ def test_two_points_have_no_exponent() -> None:
 # --- times and memory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_a_call_that_sleeps_three_times_as_long_takes_three_times_as_long() -> None:
     times = timing.measure({"once": lambda: time.sleep(0.004), "thrice": lambda: time.sleep(0.012)}, "cpu")
     assert times["thrice"].median / times["once"].median == pytest.approx(3, rel=0.1)
@@ -111,6 +112,7 @@ def process_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.timing
 def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock: None) -> None:
     boxes, scores = inputs.nms_boxes("clustered", 2000, "cpu")
 
@@ -133,6 +135,7 @@ def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock:
     assert rows["ssdcore"].share / rows["twin"].share == pytest.approx(1 / 3, rel=0.2)
 
 
+@pytest.mark.timing
 def test_each_stage_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, int]:
         yield "forward"
@@ -148,6 +151,7 @@ def test_each_stage_has_its_share_of_the_time() -> None:
     assert timing.finish(step()) == 7
 
 
+@pytest.mark.timing
 def test_waits_for_data_count_in_the_whole_time() -> None:
     # Two batches of three are there at once, the third takes 30 ms. The median step takes 2 ms, the mean 2 + 30 / 3.
     number = 0
@@ -814,6 +818,7 @@ def test_launches_waits_and_memory_on_a_gpu() -> None:
 
 
 @on_gpu
+@pytest.mark.timing
 def test_a_gpu_call_that_sleeps_three_times_as_long_takes_three_times_as_long() -> None:
     cycles = 2_000_000  # about a millisecond
     calls = {"once": lambda: torch.cuda._sleep(cycles), "thrice": lambda: torch.cuda._sleep(3 * cycles)}
@@ -830,6 +835,7 @@ def test_a_wait_inside_an_operator_is_counted() -> None:
 
 
 @on_gpu
+@pytest.mark.timing
 def test_a_replay_does_not_include_launching() -> None:
     x = torch.ones(100, device="cuda")
 
@@ -844,6 +850,7 @@ def test_a_replay_does_not_include_launching() -> None:
 
 
 @on_gpu
+@pytest.mark.timing
 def test_each_stage_on_a_gpu_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, None]:
         yield "long"
