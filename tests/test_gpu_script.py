@@ -186,30 +186,44 @@ def test_the_status_of_the_tests(
 # --- tests that continue ----------------------------------------------------------------------------------
 
 
+TESTS = """
+import os, pytest
+
+@pytest.mark.parametrize("x", range(3))
+def test_right(x): pass
+
+def test_wrong(): assert "MENDED" in os.environ
+
+@pytest.fixture
+def broken():
+    yield
+    assert "MENDED" in os.environ
+
+def test_wrong_at_the_end(broken): pass
+
+@pytest.mark.skip
+def test_skipped(): pass
+"""
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tests_that_passed_are_left_out(tmp_path: Path, workers: int) -> None:
     if workers:
         pytest.importorskip("xdist")
-    (tmp_path / "test_a.py").write_text("import pytest, os\n"
-        "@pytest.mark.parametrize('x', range(3))\ndef test_right(x): pass\n"
-        "def test_wrong(): assert 'MENDED' in os.environ\n"
-        "@pytest.fixture\ndef broken():\n    yield\n    assert 'MENDED' in os.environ\n"
-        "def test_wrong_at_the_end(broken): pass\n"
-    )  # fmt: skip
+    (tmp_path / "test_a.py").write_text(TESTS)
     progress, passed = Progress(tmp_path / "x.jsonl", {}), tmp_path / "passed.txt"
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "ssdperf.pytest_resume", "-n", str(workers)]
-    command = command if workers else command[:-2]
-    command += ["--passed", str(passed), "--progress", str(progress.path), "test_a.py"]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", *(["-n", str(workers)] if workers else [])]
+    command += ["-p", "ssdperf.pytest_resume", "--passed", str(passed), "--progress", str(progress.path), "test_a.py"]
 
     def run(**variables: str) -> str:
         passed.write_text("\n".join(progress.names("passed")))
         environment = os.environ | {"PYTHONPATH": str(ROOT / "perf")} | variables
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
-    assert "1 failed, 4 passed, 1 error" in run()
+    assert "1 failed, 4 passed, 1 skipped, 1 error" in run()
     assert len(progress.path.read_text().splitlines()) == 1 + 5  # each test once, whoever reports it
     assert sorted(progress.names("failed")) == ["test_a.py::test_wrong", "test_a.py::test_wrong_at_the_end"]
-    assert "2 passed" in run(MENDED="1")
+    assert "2 passed, 1 skipped" in run(MENDED="1")
     assert len(progress.names("passed")) == 5 and progress.names("failed") == []
 
 

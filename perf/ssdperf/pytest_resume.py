@@ -1,4 +1,4 @@
-"""A pytest plugin that leaves out the tests which passed before and records the results of the others.
+"""A pytest plugin that leaves out the tests which passed before and records which other tests pass and fail.
 
 `pytest -p ssdperf.pytest_resume --passed FILE --progress FILE`. The file of passed tests must not change while pytest
 runs: the workers of pytest-xdist read it one after the other, and all must collect the same tests.
@@ -33,11 +33,14 @@ class _Recorder:
     def __init__(self, progress: Path) -> None:
         self.progress = progress
         self.failed: set[str] = set()
+        self.skipped: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test may fail in its set-up, in its call or in its tear-down, which comes last.
         if report.failed and report.nodeid not in self.failed:
             self.failed.add(report.nodeid)
             append(self.progress, report.nodeid, FAILED)
-        elif report.when == "teardown" and report.nodeid not in self.failed:
+        elif report.skipped:
+            self.skipped.add(report.nodeid)
+        elif report.when == "teardown" and report.nodeid not in self.failed | self.skipped:
             append(self.progress, report.nodeid, PASSED)
