@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -43,7 +43,7 @@ def problems(patterns: Sequence[str], device: str, quick: bool) -> list[Problem]
     ]
 
 
-def resumed(path: Path, facts: dict) -> Results:
+def resumed(path: Path, facts: dict[str, Any]) -> Results:
     """Return the results in `path`, so that a run can continue them.
 
     Raises:

@@ -125,7 +125,10 @@ def crowded_postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int)
     )
 
 
-BUILDERS = {"decode_boxes gradient": decode_gradient, "postprocess crowded": crowded_postprocess}
+BUILDERS: dict[str, Callable[..., Workload]] = {
+    "decode_boxes gradient": decode_gradient,
+    "postprocess crowded": crowded_postprocess,
+}
 
 
 # --- the subjects, the kernels that may hang first --------------------------------------------------------

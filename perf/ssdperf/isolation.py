@@ -6,7 +6,7 @@ A kernel whose programs wait for one another may hang, and a process that waits 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkContext, SpawnContext
 from typing import NamedTuple
 
 from ssdperf.progress import FAILED, PASSED
@@ -15,6 +15,7 @@ LEFT = "left"  # status of a problem that was not solved
 MIN_S = 20.0  # a group that has less time left does not begin, because importing torch and compiling may take as long
 REAP_S = 10.0  # for a killed process to go; the driver may hold it for a while if it has work on the GPU
 
+Context = ForkContext | SpawnContext
 Solve = Callable[[str], str]  # takes the name of a problem and returns what is wrong, or ""; it may raise
 
 
@@ -32,7 +33,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
-def solve_groups(solve: Solve, groups: Sequence[Group], context: BaseContext, seconds: float) -> Iterator[Outcome]:
+def solve_groups(solve: Solve, groups: Sequence[Group], context: Context, seconds: float) -> Iterator[Outcome]:
     """Solve each group in a new process, and yield the outcome of each problem as soon as it is known.
 
     If a process hangs or dies, the problem that it was solving fails, the problems after it in its group are left, and
@@ -55,7 +56,7 @@ def solve_groups(solve: Solve, groups: Sequence[Group], context: BaseContext, se
         yield from (Outcome(name, LEFT) for name in left)
 
 
-def _solve_group(solve: Solve, names: Sequence[str], limit_s: float, context: BaseContext) -> Iterator[Outcome]:
+def _solve_group(solve: Solve, names: Sequence[str], limit_s: float, context: Context) -> Iterator[Outcome]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(solve, names, sender), daemon=True)
     started = begun = time.monotonic()
@@ -70,7 +71,7 @@ def _solve_group(solve: Solve, names: Sequence[str], limit_s: float, context: Ba
                     process.join(REAP_S)
                     note, go_on = f"its process died with exit code {process.exitcode}", False
             else:
-                note, go_on = f"hung: killed {limit_s:.0f} s after its group began", False
+                note, go_on = f"hung or too slow: killed {limit_s:.0f} s after its group began", False
             now = time.monotonic()
             yield Outcome(name, FAILED if note else PASSED, note, now - begun)
             if not go_on:

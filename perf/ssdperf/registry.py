@@ -29,7 +29,7 @@ class Workload:
     difference: Callable[[Any, Any], str] = rounded  # (result, right result) -> what is wrong, or ""
     staged: bool = False  # whether the providers are generators that yield the names of their stages
     ahead: int = 0  # steps that a staged provider's data is fetched ahead
-    close: Callable[[], None] = lambda: None  # releases what a staged provider holds while it runs
+    close: Callable[[], object] = lambda: None  # releases what a staged provider holds while it runs
 
 
 @dataclass(frozen=True)

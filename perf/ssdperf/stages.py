@@ -193,8 +193,10 @@ def train(job: Job, data: Path | None, split: str) -> Report:
     )
     metrics = job.output / "metrics.json"
     if ending.code != 0:
-        done = json.loads(metrics.read_text()) if metrics.exists() else {"epochs": [], "settings": {"epochs": "all"}}
-        epochs = f"{len(done['epochs'])} of {done['settings']['epochs']} epochs"
+        if not metrics.exists():
+            return Report(_status(ending), "no epoch has been trained and saved yet")
+        record = json.loads(metrics.read_text())
+        epochs = f"{len(record['epochs'])} of {record['settings']['epochs']} epochs"
         return Report(_status(ending), f"{epochs} are trained and saved in {job.output}")
     weights = job.output / "model.safetensors"
     with tempfile.TemporaryDirectory() as folder:  # both commands call their file metrics.json
