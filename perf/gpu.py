@@ -87,10 +87,13 @@ def main() -> int:
             report = stages.train(job, arguments.data and arguments.data.resolve(), arguments.split)
         else:
             report = getattr(stages, arguments.stage)(job)
-    again = "the same command continues" if report.status == UNFINISHED else "the same command tries again"
-    following = stages.NEXT.get(arguments.stage)
-    then = again if report.status else f"next: perf/gpu.sh {following}" if following else "this was the last stage"
-    print(f"{arguments.stage}: {report.text}; {then}")
+    if report.status == UNFINISHED:
+        following = f"next: perf/gpu.sh {arguments.stage} again, which continues"
+    elif report.status:
+        following = f"next: perf/gpu.sh {arguments.stage} again, which repeats what failed"
+    else:
+        following = stages.FOLLOWING[arguments.stage]
+    print(f"{arguments.stage}: {report.text}; {following}")
     return report.status
 
 

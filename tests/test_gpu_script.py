@@ -12,7 +12,7 @@ import torch
 
 from ssdperf import packages, processes, stages
 from ssdperf.processes import Ending
-from ssdperf.progress import UNFINISHED, Progress
+from ssdperf.progress import FAILED, UNFINISHED, Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -181,6 +181,14 @@ def test_the_status_of_the_tests(
     ENDINGS.extend(endings)
     assert stages.test(job).status == status
     assert ENDINGS == []
+
+
+def test_tests_that_failed_count_though_time_is_up(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.environment, "identity", lambda *_: {})
+    Progress(job.output / "test.jsonl", {}).record("tests/test_a.py::test_b", FAILED)
+    ENDINGS.append(Ending(2, True))
+    report = stages.test(job)
+    assert report.status == 1 and "0 tests passed and 1 failed" in report.text
 
 
 # --- tests that continue ----------------------------------------------------------------------------------

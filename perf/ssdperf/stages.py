@@ -31,8 +31,14 @@ NEEDED = {  # the modules without which a stage cannot run at all
     "test": (*KERNELS, "pytest", "hypothesis"),
     "train": (*KERNELS, *COMMAND_LINE),
 }
-NEXT = {"check": "bench", "bench": "test", "test": "train DATA"}
+FOLLOWING = {
+    "check": "next: perf/gpu.sh bench",
+    "bench": "next: perf/gpu.sh test",
+    "test": "next: perf/gpu.sh train DATA",
+    "train": "this was the last stage",
+}
 STOP_S = 30.0  # for a command to save its work and end
+CHECK_END_S = 10.0  # for check.py to start, and to kill its last process and print its table
 # Eight test processes leave each 10 GB of an H100's 80 GB for its CUDA context and its tensors. Each also needs a core,
 # because its tests compile kernels.
 MAX_TEST_WORKERS = 8
@@ -129,12 +135,13 @@ def require_device(device: str) -> None:
 
 def check(job: Job) -> Report:
     file = job.output / "check.jsonl"
-    limit = f"{job.seconds_left / 60:.3f}"
+    limit = f"{max(0.0, job.seconds_left - CHECK_END_S) / 60:.3f}"
     command = [str(ROOT / "perf/check.py"), "--device", job.device, "--output", str(file), "--minutes", limit]
     ending = job.run("check.log", command)
     progress = Progress(file, environment.identity(job.device, "kernels", "ssdcore", "perf"))
     passed, failed = len(progress.names(PASSED)), len(progress.names(FAILED))
-    return Report(_status(ending), f"{passed} problems passed and {failed} failed, listed in {file}")
+    status = 1 if failed else _status(ending)
+    return Report(status, f"{passed} problems passed and {failed} failed, listed in {file}")
 
 
 def bench(job: Job) -> Report:
@@ -172,8 +179,8 @@ def test(job: Job) -> Report:
             endings.append(_pytest(job, progress, names, "-m", "timing"))
     else:
         endings = [_pytest(job, progress, names)]
-    status = max((_status(ending, also_right=5) for ending in endings), key=(0, UNFINISHED, 1).index)
     passed, failed = len(progress.names(PASSED)), len(progress.names(FAILED))
+    status = 1 if failed else max((_status(ending, also_right=5) for ending in endings), key=(0, UNFINISHED, 1).index)
     return Report(status, f"{passed} tests passed and {failed} failed, listed in {progress.path}")
 
 
