@@ -178,9 +178,31 @@ def test_the_status_of_the_tests(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch, endings: list[Ending], status: int
 ) -> None:
     monkeypatch.setattr(stages.environment, "identity", lambda *_: {})
+    monkeypatch.setattr(stages, "_workers", lambda _: 2)
     ENDINGS.extend(endings)
     assert stages.test(job).status == status
     assert ENDINGS == []
+
+
+def test_tests_that_measure_time_run_alone_after_the_others(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.environment, "identity", lambda *_: {})
+    monkeypatch.setattr(stages, "_workers", lambda _: 2)
+    ENDINGS.extend([Ending(0, False)] * 2)
+    stages.test(job)
+    parallel, alone = COMMANDS
+    assert parallel[parallel.index("-n") + 1] == "2" and "not timing" in parallel
+    assert "-n" not in alone and "timing" in alone
+
+
+def test_without_xdist_all_tests_run_in_one_process(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages.environment, "identity", lambda *_: {})
+    monkeypatch.setattr(stages, "find_spec", lambda _: None)
+    ENDINGS.append(Ending(0, False))
+    stages.test(job)
+    assert len(COMMANDS) == 1 and not {"-n", "timing", "not timing"} & set(COMMANDS[0])
+    assert "pytest-xdist is not installed" in capsys.readouterr().out
 
 
 def test_tests_that_failed_count_though_time_is_up(job: FakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
