@@ -45,8 +45,8 @@ def main() -> int:
         print(json.dumps(rows, indent=1))
     else:
         shown = [row for row in rows if row["problem"] == "production"]
-        head = ("kernel", "arch", "dtypes", "head", "warps", *COLUMNS)
-        print(text_table(head, [[str(row[name]) for name in head] for row in shown]))
+        header = ("kernel", "arch", "dtypes", "head", "warps", *COLUMNS)
+        print(text_table(header, [[str(row[name]) for name in header] for row in shown]))
         print(f"{len(rows)} kernels compiled; spilling: {', '.join(spilling) or 'none'}")
     return 1 if spilling else 0
 

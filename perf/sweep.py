@@ -28,7 +28,7 @@ def main() -> None:
     measurement.prepare(arguments.device, parser)
     work = [
         (case, size, scaling.shapes(case, size, arguments.device, arguments.quick))
-        for case in measurement.selected(arguments.case)
+        for case in measurement.matching_cases(arguments.case)
         for size in case.sweep
         if arguments.axis is None or size in arguments.axis
     ]

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ssdperf import results
-from ssdperf.measurement import rows_of, selected
+from ssdperf.measurement import matching_cases, rows_of
 from ssdperf.registry import Case, Shape
 from ssdperf.results import Key, Results, Row, shape_text
 
@@ -38,7 +38,7 @@ def problems(patterns: Sequence[str], device: str, quick: bool) -> list[Problem]
     """Return the problems of the cases that match a pattern."""
     return [
         Problem(case, shape, number == 0)
-        for case in selected(patterns)
+        for case in matching_cases(patterns)
         for number, shape in enumerate(case.shapes_for(device, quick))
     ]
 

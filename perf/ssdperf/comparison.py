@@ -76,11 +76,11 @@ def side_by_side(runs: dict[str, Results]) -> list[tuple[Key, list[float | None]
 def table(runs: dict[str, Results]) -> str:
     lines = []
     for key, times in side_by_side(runs):
-        cells = [
+        entries = [
             time_text(time) + (f" ({time / times[0]:.2f}x)" if time and times[0] and number else "")
             for number, time in enumerate(times)
         ]
-        lines.append([*key, *cells])
+        lines.append([*key, *entries])
     return text_table(["case", "shape", "dtype", *runs], lines)
 
 

@@ -115,16 +115,16 @@ def launch_all(
     triton_match.match_anchors_triton(gt_boxes, gt_offsets, anchors, 0.5)
     truth = (matched, gt_boxes, gt_labels, gt_offsets, anchors)
     for layout in layouts:
-        head = [head_outputs(levels, layout, batch, width, dtype) for width in (num_classes, 4)]
+        outputs = [head_outputs(levels, layout, batch, width, dtype) for width in (num_classes, 4)]
         for normalizer in ("batch", "image"):
             *_, lse, selected, scale = triton_multibox.multibox_loss_triton(
-                *head, *truth, BOX_WEIGHTS, 3.0, 1.0, min_negatives, normalizer
+                *outputs, *truth, BOX_WEIGHTS, 3.0, 1.0, min_negatives, normalizer
             )
         triton_multibox.multibox_loss_backward_triton(
-            scalar, scalar, *head, *truth, lse, selected, scale, BOX_WEIGHTS, 1.0
+            scalar, scalar, *outputs, *truth, lse, selected, scale, BOX_WEIGHTS, 1.0
         )
         triton_postprocess.postprocess_detections_triton(
-            *head, anchors, torch.full((batch, 2), IMAGE_SIZE), BOX_WEIGHTS, 0.01, 0.45, topk, max_detections
+            *outputs, anchors, torch.full((batch, 2), IMAGE_SIZE), BOX_WEIGHTS, 0.01, 0.45, topk, max_detections
         )
     for idxs in (None, matched):
         triton_nms.batched_nms_padded_triton(boxes, boxes[..., 0], idxs, 0.45, max_detections, 0.01)

@@ -33,7 +33,7 @@ def prepare(device: str, parser: argparse.ArgumentParser) -> None:
     warnings.filterwarnings("ignore", module="torch._dynamo")
 
 
-def selected(patterns: Sequence[str]) -> list[Case]:
+def matching_cases(patterns: Sequence[str]) -> list[Case]:
     """Return the registered cases whose names match a pattern; exit if no name does."""
     cases = [case for case in REGISTRY.values() if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)]
     if not cases:

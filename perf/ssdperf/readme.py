@@ -46,10 +46,10 @@ def _ops(run: Results, keys: list[Key]) -> str:
         if any(row.stages for row in rows.values()):
             continue
         time = time_text(ours.median) or ours.status
-        cells = [f"`{key[0]}`", key[1], key[2], time, *([time_text(ours.replay)] if replayed else [])]
-        cells += [peer_text(rows.get(peer), ours) for peer in run.peers]
-        cells += [time_text(ours.floor), share_text(ours.share)]
-        lines.append(cells)
+        entries = [f"`{key[0]}`", key[1], key[2], time, *([time_text(ours.replay)] if replayed else [])]
+        entries += [peer_text(rows.get(peer), ours) for peer in run.peers]
+        entries += [time_text(ours.floor), share_text(ours.share)]
+        lines.append(entries)
     header = ["op", "shape", "dtype", OURS, *(["as a CUDA graph"] if replayed else []), *run.peers, "floor", "reached"]
     return markdown_table(header, lines) if lines else ""
 

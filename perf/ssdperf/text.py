@@ -45,15 +45,15 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     left = [not any(_is_figure(line[column]) for line in lines[1:]) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
+            entry.ljust(width) if is_left else entry.rjust(width)
+            for entry, width, is_left in zip(line, widths, left, strict=True)
         ).rstrip()
         for line in lines
     )
 
 
-def _is_figure(cell: str) -> bool:
-    return cell[:1].isdigit()
+def _is_figure(entry: str) -> bool:
+    return entry[:1].isdigit()
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -54,7 +54,7 @@ class _Loss:
         self.targets = self.truth.targets()
         outputs = inputs.head_outputs(B, A, C, "trained", dtype, device)
         self.logits, self.deltas = ([x.requires_grad_() for x in inputs.as_head(packed, head)] for packed in outputs)
-        self.one = torch.ones((), device=device)
+        self.grad_loss = torch.ones((), device=device)
 
     def match_by_ssdcore(self) -> Tensor:
         return kernels.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors)
@@ -69,12 +69,12 @@ class _Loss:
 
     def eager(self, matched: Tensor) -> list[Tensor]:
         truth = (matched, self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
-        head = [inputs.as_levels(x) for x in (self.logits, self.deltas)]
+        levels = [inputs.as_levels(x) for x in (self.logits, self.deltas)]
         _, beta, *_ = LOSS_SETTINGS
         with torch.no_grad():
-            *losses, lse, selected, scale = baseline.multibox_loss(*head, *truth, BOX_WEIGHTS, *LOSS_SETTINGS)
+            *losses, lse, selected, scale = baseline.multibox_loss(*levels, *truth, BOX_WEIGHTS, *LOSS_SETTINGS)
             gradients = baseline.multibox_loss_backward(
-                self.one, self.one, *head, *truth, lse, selected, scale, BOX_WEIGHTS, beta
+                self.grad_loss, self.grad_loss, *levels, *truth, lse, selected, scale, BOX_WEIGHTS, beta
             )
         pairs = zip(gradients, self.leaves, strict=True)
         return [*losses, *(x.permute(0, 2, 3, 1).reshape(y.shape) if y.dim() == 4 else x.squeeze(2) for x, y in pairs)]
