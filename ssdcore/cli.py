@@ -4,7 +4,6 @@ Modules that import torch are imported inside the functions that need them, so t
 """
 
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,8 @@ if missing := [name for name in EXTRA if find_spec(name) is None]:
     raise SystemExit(f"ssdcore's commands need {', '.join(missing)}: pip install 'ssdcore[train]'")
 
 import typer  # noqa: E402
+
+from ssdcore.cores import usable_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -353,11 +354,6 @@ def _device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu or auto, got cuda: PyTorch finds no GPU that it can use")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def usable_cores() -> int:
-    """Of the machine's, those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share_cores(workers: int | None) -> int:

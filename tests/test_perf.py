@@ -1,6 +1,7 @@
-"""The benchmark against itself: its statistics, floors and files, and that what is slow or wrong shows."""
+"""The benchmark itself: its statistics, floors and files, and that it reports what is slow or wrong."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,23 +12,32 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import compare
-import detector
-import inputs
-import plot
 import pytest
-import record
-import report
-import run
-import sweep
-import timing
 import torch
 import torchvision
-from cases import REGISTRY, Case, Workload, grid, on_cpu, same_detections, same_kept, same_matches, star, within
-from record import Results, Row
 
 from ssdcore import kernels
-from ssdcore.kernels.nms import eager
+from ssdperf import (
+    baseline,
+    benchmark,
+    charts,
+    comparison,
+    counting,
+    environment,
+    inputs,
+    measurement,
+    readme,
+    results,
+    scaling,
+    tables,
+    text,
+    timing,
+)
+from ssdperf.cases import detector
+from ssdperf.differences import same_detections, same_kept, same_matches, within
+from ssdperf.progress import FAILED, PASSED, Progress
+from ssdperf.registry import REGISTRY, Case, Workload, grid, on_cpu, star
+from ssdperf.results import Results, Row
 
 ROOT = Path(__file__).parents[1]
 FACTS = {"device": "a machine", "kind": "cpu", "commit": "0123456789abcdef", "date": "2026-01-02T03:04:05+00:00"}
@@ -42,57 +52,58 @@ def timed(provider: str = "ssdcore", median: float = 1.0, **values: Any) -> Row:
 
 def rows_of(workload: Workload) -> dict[str, Row]:
     case = Case("made up", lambda device, dtype: workload, [], [])
-    rows = run.rows_of(case, {"dtype": "float32"}, "cpu", BANDWIDTH, compiled=False)
+    rows = measurement.rows_of(case, {"dtype": "float32"}, "cpu", BANDWIDTH, compiled=False)
     return {row.provider: row for row in rows}
 
 
 # --- statistics -------------------------------------------------------------------------------------------
 
 
-def test_a_summary_is_the_median_and_the_deciles() -> None:
+def test_a_summary_has_the_median_and_the_deciles() -> None:
     assert timing.summarise([float(x) for x in range(11)][::-1]) == timing.Times(5.0, 1.0, 9.0, 11)
     assert timing.summarise([7.0]) == timing.Times(7.0, 7.0, 7.0, 1)
 
 
-def test_runs_are_many_for_the_quick_few_for_the_slow() -> None:
-    assert timing.runs_for(1e-6) == timing.MOST
+def test_quick_calls_are_timed_often_and_slow_calls_rarely() -> None:
+    assert timing.runs_for(1e-6) == timing.MAX_RUNS
     assert timing.runs_for(timing.MEASURE_S / 50) == 50
-    assert timing.runs_for(timing.MEASURE_S) == timing.FEWEST
+    assert timing.runs_for(timing.MEASURE_S) == timing.MIN_RUNS
     assert timing.runs_for(timing.PATIENCE_S / 3) == 3
     assert timing.runs_for(2 * timing.PATIENCE_S) == 1
 
 
-def test_turns_are_spread_over_the_whole() -> None:
+def test_turns_of_each_call_are_spread_evenly() -> None:
     turns = list(timing.in_turn({"quick": 100, "slow": 4}))
     assert turns.count("quick") == 100 and turns.count("slow") == 4
-    places = [place for place, name in enumerate(turns) if name == "slow"]
-    assert [later - sooner for sooner, later in pairwise(places)] == [26, 26, 26]
+    positions = [position for position, name in enumerate(turns) if name == "slow"]
+    assert [after - before for before, after in pairwise(positions)] == [26, 26, 26]
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
-def test_exponents(power: int) -> None:
+def test_the_exponent_of_a_power_is_found(power: int) -> None:
     sizes = [1.0, 10, 100, 1000, 10_000]
-    times = [0.01 + 0.001 * size**power for size in sizes]  # launching hides the small ones
-    assert sweep.exponent(sizes, times) == pytest.approx(power, abs=0.15)
+    times = [0.01 + 0.001 * size**power for size in sizes]  # launching hides the growth of the first
+    assert scaling.exponent(sizes, times) == pytest.approx(power, abs=0.15)
 
 
 def test_two_points_have_no_exponent() -> None:
-    assert sweep.exponent([1, 2], [1, 2]) is None
-    assert sweep.exponent([], []) is None
+    assert scaling.exponent([1, 2], [1, 2]) is None
+    assert scaling.exponent([], []) is None
 
 
-# --- what a time is ---------------------------------------------------------------------------------------
+# --- times and memory -------------------------------------------------------------------------------------
 
 
-def test_a_slower_call_is_slower_by_the_right_factor() -> None:
+@pytest.mark.timing
+def test_a_call_that_sleeps_three_times_as_long_takes_three_times_as_long() -> None:
     times = timing.measure({"once": lambda: time.sleep(0.004), "thrice": lambda: time.sleep(0.012)}, "cpu")
     assert times["thrice"].median / times["once"].median == pytest.approx(3, rel=0.1)
     assert times["once"].p10 <= times["once"].median <= times["once"].p90
 
 
 @pytest.fixture
-def own_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A clock that stands while others have this machine's processors."""
+def process_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time with the process's own CPU clock, which other processes on this machine do not disturb."""
     monkeypatch.setattr(timing.time, "perf_counter", time.process_time)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,7 +111,8 @@ def own_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_kernel_slowed_three_times_shows_it(own_time: None) -> None:
+@pytest.mark.timing
+def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock: None) -> None:
     boxes, scores = inputs.nms_boxes("clustered", 2000, "cpu")
 
     def slowed() -> torch.Tensor:
@@ -113,7 +125,7 @@ def test_a_kernel_slowed_three_times_shows_it(own_time: None) -> None:
             {
                 "ssdcore": slowed,
                 "twin": lambda: kernels.nms(boxes, scores, 0.5),
-                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
+                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )
@@ -122,7 +134,8 @@ def test_a_kernel_slowed_three_times_shows_it(own_time: None) -> None:
     assert rows["ssdcore"].share / rows["twin"].share == pytest.approx(1 / 3, rel=0.2)
 
 
-def test_stages_have_their_share() -> None:
+@pytest.mark.timing
+def test_each_stage_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, int]:
         yield "forward"
         time.sleep(0.015)
@@ -137,8 +150,9 @@ def test_stages_have_their_share() -> None:
     assert timing.finish(step()) == 7
 
 
-def test_a_step_that_waits_for_data_now_and_then_is_not_faster_for_it() -> None:
-    # Two fetched ahead in no time, every third waits: the median says 2 ms, the whole is 2 + 30 / 3.
+@pytest.mark.timing
+def test_waits_for_data_count_in_the_whole_time() -> None:
+    # Two batches of three are there at once, the third takes 30 ms. The median step takes 2 ms, the mean 2 + 30 / 3.
     number = 0
 
     def step() -> Generator[str, None, None]:
@@ -156,7 +170,7 @@ def test_a_step_that_waits_for_data_now_and_then_is_not_faster_for_it() -> None:
     assert shares["data"] == pytest.approx(10 / 12, abs=0.1)
 
 
-def test_memory_is_the_peak_not_the_sum() -> None:
+def test_memory_is_the_peak_and_not_the_sum() -> None:
     def call() -> torch.Tensor:
         for _ in range(3):
             scratch = torch.empty(2**20)
@@ -165,10 +179,10 @@ def test_memory_is_the_peak_not_the_sum() -> None:
         del more
         return kept
 
-    assert timing.count(call, "cpu") == timing.Counts(4 * 2**20 + 4 * 2**19, None, None)
+    assert counting.count(call, "cpu") == counting.Counts(4 * 2**20 + 4 * 2**19, None, None)
 
 
-# --- what is refused --------------------------------------------------------------------------------------
+# --- wrong results and failures ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,15 +192,15 @@ def test_memory_is_the_peak_not_the_sum() -> None:
         (lambda kept: kept.flip(0), "integers"),
         (lambda kept: kept.index_fill(0, torch.tensor([3]), 9999), "1 of"),
     ],
-    ids=["one too few", "another order", "one other"],
+    ids=["one box missing", "another order", "one other box"],
 )
-def test_a_wrong_kernel_is_refused(wrong: Callable[[torch.Tensor], torch.Tensor], note: str) -> None:
+def test_a_wrong_result_is_not_timed(wrong: Callable[[torch.Tensor], torch.Tensor], note: str) -> None:
     boxes, scores = inputs.nms_boxes("clustered", 500, "cpu")
     rows = rows_of(
         Workload(
             {
                 "ssdcore": lambda: wrong(kernels.nms(boxes, scores, 0.5)),
-                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
+                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )
@@ -194,17 +208,17 @@ def test_a_wrong_kernel_is_refused(wrong: Callable[[torch.Tensor], torch.Tensor]
     assert rows["ssdcore"].status == "wrong" and note in rows["ssdcore"].note
     assert rows["ssdcore"].median is None and rows["ssdcore"].runs is None
     assert rows["eager"].status == "timed"
-    table = record.table(Results(FACTS, list(rows.values())))
+    table = tables.table(Results(FACTS, list(rows.values())))
     assert "wrong" in table.splitlines()[1]
 
 
 @pytest.mark.parametrize("ratio", [2.0, 3.5])
-def test_a_loss_that_mines_otherwise_is_refused(ratio: float) -> None:
+def test_a_loss_with_another_mining_ratio_is_wrong(ratio: float) -> None:
     case = REGISTRY["multibox_loss"]
     torch.manual_seed(0)
     workload = case.build("cpu", torch.float32, B=1, A=8732, C=21, G=7, head="packed")
     right = workload.providers["ssdcore"]
-    assert list(run.checked(workload)[0]) == ["ssdcore", "torchvision", "eager"]
+    assert list(measurement.checked(workload)[0]) == ["ssdcore", "torchvision", "eager"]
 
     def mining() -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +227,7 @@ def test_a_loss_that_mines_otherwise_is_refused(ratio: float) -> None:
             return right()
 
     broken = replace(workload, providers={**workload.providers, "ssdcore": mining})
-    assert run.checked(broken)[1]["ssdcore"][0] == "wrong"
+    assert measurement.checked(broken)[1]["ssdcore"][0] == "wrong"
 
 
 def test_a_nan_is_wrong_and_a_last_bit_is_not() -> None:
@@ -224,8 +238,8 @@ def test_a_nan_is_wrong_and_a_last_bit_is_not() -> None:
     assert "norm" in difference(torch.tensor([1.0, float("nan")]), right)
 
 
-def test_matches_may_differ_where_two_objects_want_one_anchor() -> None:
-    right = torch.arange(200).view(1, 200) - 100  # half of them matched
+def test_a_few_matches_may_differ() -> None:
+    right = torch.arange(200).view(1, 200) - 100  # half of the anchors are matched
     other = right.clone()
     other[0, 150] = 7
     assert same_matches(other, right) == ""
@@ -237,10 +251,10 @@ def detections(boxes: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"boxes": boxes, "scores": 1 - torch.arange(count) / 100, "labels": torch.ones(count, dtype=torch.int64)}
 
 
-def test_detections_may_differ_by_a_box_and_all_that_follow_it() -> None:
+def test_a_few_detections_may_differ() -> None:
     boxes = inputs.random_boxes(50)
     right = [detections(boxes)]
-    shifted = [detections(torch.cat((boxes[:10], boxes[11:], boxes[:1])))]  # one suppressed: the rest move up
+    shifted = [detections(torch.cat((boxes[:10], boxes[11:], boxes[:1])))]  # without box 10, the rest moves up
     assert same_detections(shifted, right) == ""
     assert "only" in same_detections([detections(boxes + 1.0)], right)
     other_labels = [right[0] | {"labels": right[0]["labels"] + 1}]
@@ -249,20 +263,20 @@ def test_detections_may_differ_by_a_box_and_all_that_follow_it() -> None:
     assert "scores" in same_detections(other_scores, right)
 
 
-def test_padded_and_listed_results_are_compared() -> None:
+def test_padded_results_are_compared_with_lists() -> None:
     padded = torch.tensor([[3, 1, -1], [0, 1, 2]]), torch.tensor([2, 3], dtype=torch.int32)
     assert same_kept([torch.tensor([3, 1]), torch.tensor([0, 1, 2, 5])], padded) == ""
     assert "integers" in same_kept([torch.tensor([3, 2]), torch.tensor([0, 1, 2, 5])], padded)
     assert "integers" in same_kept([torch.tensor([3]), torch.tensor([0, 1, 2, 5])], padded)
 
 
-def test_no_overlap_is_within_a_rounding_of_the_threshold() -> None:
+def test_no_iou_is_within_a_rounding_error_of_the_threshold() -> None:
     for layout in inputs.LAYOUTS:
         boxes, _ = inputs.nms_boxes(layout, 2000, "cpu")
         assert ((kernels.box_iou(boxes, boxes) - 0.5).abs() > 2e-6).all()
 
 
-def test_a_provider_that_fails_costs_the_others_nothing() -> None:
+def test_a_provider_that_fails_does_not_stop_the_others() -> None:
     def fails() -> None:
         raise RuntimeError("out of\nluck")
 
@@ -273,7 +287,7 @@ def test_a_provider_that_fails_costs_the_others_nothing() -> None:
     assert without_reference["ssdcore"].status == "timed" and without_reference["eager"].status == "failed"
 
 
-def test_a_provider_that_fails_while_it_is_timed_costs_the_others_nothing() -> None:
+def test_a_provider_that_fails_while_it_is_timed_does_not_stop_the_others() -> None:
     calls = 0
 
     def fails_later() -> torch.Tensor:
@@ -288,11 +302,11 @@ def test_a_provider_that_fails_while_it_is_timed_costs_the_others_nothing() -> N
     assert rows["eager"].status == "timed" and rows["eager"].median is not None
 
 
-def test_inputs_that_do_not_fit_are_a_failure() -> None:
+def test_inputs_that_cannot_be_built_are_reported() -> None:
     def build(device: str, dtype: torch.dtype) -> Workload:
         raise MemoryError("too large")
 
-    row = run.rows_of(Case("made up", build, [], []), {"dtype": "float32"}, "cpu", BANDWIDTH, compiled=False)[0]
+    row = measurement.rows_of(Case("made up", build, [], []), {"dtype": "float32"}, "cpu", BANDWIDTH, compiled=False)[0]
     assert (row.status, row.note) == ("failed", "its inputs: MemoryError: too large")
 
 
@@ -307,7 +321,7 @@ def test_all_providers_of_a_case_agree(name: str) -> None:
     for shape in shapes:
         torch.manual_seed(0)
         small = {key: SMALL.get(key, value) for key, value in shape.items() if key != "dtype"}
-        right, excluded, _ = run.checked(REGISTRY[name].build("cpu", torch.float32, **small))
+        right, excluded, _ = measurement.checked(REGISTRY[name].build("cpu", torch.float32, **small))
         assert excluded == {}
         assert {"ssdcore", "torchvision", "eager"} <= set(right)
 
@@ -318,20 +332,20 @@ def test_all_providers_agree_on_maps(name: str, head: str) -> None:
     torch.manual_seed(0)
     shape = {key: SMALL.get(key, value) for key, value in REGISTRY[name].quick[0].items() if key != "dtype"}
     workload = REGISTRY[name].build("cpu", torch.float32, **shape | {"A": 8732, "head": head})
-    right, excluded, _ = run.checked(workload)
+    right, excluded, _ = measurement.checked(workload)
     assert excluded == {}
     assert {"ssdcore", "torchvision", "eager"} <= set(right)
 
 
 @pytest.mark.parametrize("name", ["training step", "inference"])
-def test_both_detectors_do_the_same(name: str) -> None:
+def test_both_detectors_give_the_same_results(name: str) -> None:
     torch.manual_seed(0)
     workload = REGISTRY[name].build("cpu", torch.float32, model="ssd300_vgg16", B=1, layout="NCHW")
-    right, excluded, _ = run.checked(workload)
+    right, excluded, _ = measurement.checked(workload)
     assert excluded == {} and list(right) == ["ssdcore", "torchvision"]
 
 
-def test_batches_are_the_same_each_time_and_whoever_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_the_same_each_time_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector, "usable_cores", lambda: 4)
     batches = detector._Batches(2, "cpu")
     assert batches.ahead == 4  # two workers, two batches each
@@ -343,7 +357,7 @@ def test_batches_are_the_same_each_time_and_whoever_loads_them(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_shapes_are_those_the_case_takes(name: str) -> None:
+def test_the_shapes_of_a_case_have_the_same_sizes(name: str) -> None:
     case = REGISTRY[name]
     for shape in [*case.shapes, *case.quick]:
         assert set(shape) == set(case.shapes[0])
@@ -352,25 +366,25 @@ def test_shapes_are_those_the_case_takes(name: str) -> None:
     assert all(shape["dtype"] == "float32" for shape in case.shapes_for("cpu", quick=False))
 
 
-def test_grids_and_stars() -> None:
+def test_grids_and_stars_list_shapes() -> None:
     assert grid(N=[1, 2], K=["a"]) == [{"N": 1, "K": "a"}, {"N": 2, "K": "a"}]
     assert star({"B": 1, "A": 5}, B=[1, 2], A=[6]) == [{"B": 1, "A": 5}, {"B": 2, "A": 5}, {"B": 1, "A": 6}]
     assert on_cpu({"B": 128, "C": 81, "dtype": "bfloat16"}) == {"B": 8, "C": 81, "dtype": "float32"}
 
 
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
-def test_boxes_are_whole_pixels_and_scores_distinct(layout: str) -> None:
+def test_boxes_lie_on_whole_pixels_and_scores_are_distinct(layout: str) -> None:
     boxes, scores = inputs.nms_boxes(layout, 1001, "cpu")
     assert torch.equal(boxes, boxes.round()) and (boxes[:, 2:] > boxes[:, :2]).all()
     assert len(scores.unique()) == 1001
     kept = len(kernels.nms(boxes, scores, 0.5))
-    if layout == "chain":  # every other one
+    if layout == "chain":  # every other box
         assert kept == 501
     if layout == "clustered":
         assert kept < 200
 
 
-def test_inputs_are_a_detectors() -> None:
+def test_inputs_resemble_those_of_a_detector() -> None:
     truth = inputs.truth(128, 81, 7, "cpu")
     assert sum(truth.counts) / 128 == pytest.approx(7, rel=0.02)
     assert min(truth.counts) == 0 and 30 < max(truth.counts) <= 100
@@ -384,24 +398,24 @@ def test_inputs_are_a_detectors() -> None:
 
 
 def moved_by(workload: Workload) -> int:
-    return run.size_of([*workload.reads, workload.providers["eager"]()])
+    return measurement.size_of([*workload.reads, workload.providers["eager"]()])
 
 
-def test_the_floor_of_a_box_iou() -> None:
+def test_the_bytes_of_box_iou() -> None:
     assert (
         moved_by(REGISTRY["box_iou"].build("cpu", torch.float32, N=100, M=8732)) == 16 * (100 + 8732) + 4 * 100 * 8732
     )
 
 
-def test_the_floor_of_the_criterion() -> None:
-    # Logits read, their gradient and the deltas' written, two losses: 86 microseconds for 128 images on an H200.
+def test_the_bytes_of_the_criterion() -> None:
+    # The logits are read; the gradients of logits and deltas and two losses are written: 86 µs for 128 images, H200.
     workload = REGISTRY["criterion"].build("cpu", torch.bfloat16, B=1, A=8732, C=81, G=7, head="packed")
     moved = moved_by(workload)
     assert moved == 2 * 8732 * (2 * 81 + 4) + 2 * 4
     assert 128 * moved / BANDWIDTH == pytest.approx(86.3e-6, rel=0.005)
 
 
-def test_the_share_reached_is_of_the_kernels_own_time() -> None:
+def test_the_share_of_the_floor_refers_to_the_replay() -> None:
     assert timed(median=4.0, floor=1.0).share == 0.25
     assert timed(median=4.0, floor=1.0, replay=2.0).share == 0.5
     assert timed(median=4.0).share is None
@@ -411,10 +425,10 @@ def test_the_share_reached_is_of_the_kernels_own_time() -> None:
 # --- the file ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_saved_results_can_be_loaded(tmp_path: Path) -> None:
     rows = [timed(floor=0.5, bytes=12, stages={"a": 1.0}), Row("nms", {"N": 3}, "float32", "conch", "wrong", "1 of 3")]
     Results(FACTS, rows).save(tmp_path / "new" / "x.json")
-    assert record.load(tmp_path / "new" / "x.json") == Results(FACTS, rows)
+    assert results.load(tmp_path / "new" / "x.json") == Results(FACTS, rows)
 
 
 @pytest.mark.parametrize(
@@ -424,11 +438,11 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "no results of schema"),
         (json.dumps({"schema": 99, "rows": []}), "no results of schema"),
-        (json.dumps({"schema": record.SCHEMA, "rows": [{"case": "nms"}]}), "row 0"),
+        (json.dumps({"schema": results.SCHEMA, "rows": [{"case": "nms"}]}), "row 0"),
         (
             json.dumps(
                 {
-                    "schema": record.SCHEMA,
+                    "schema": results.SCHEMA,
                     "rows": [{"case": "", "shape": {}, "dtype": "", "provider": "", "status": "guessed"}],
                 }
             ),
@@ -436,120 +450,225 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_holds_no_results_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     file = tmp_path / "x.json"
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=f"x.json.*{message}"):
-        record.load(file)
+        results.load(file)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("shown", "expected"),
     [
-        (record.time_text(0.01234), "12.3 µs"),
-        (record.time_text(1.5), "1.50 ms"),
-        (record.time_text(99.96), "100.0 ms"),
-        (record.time_text(12_345), "12.3 s"),
-        (record.bytes_text(999), "999 B"),
-        (record.bytes_text(1_234_000_000), "1.23 GB"),
-        (record.share_text(0.854), "85%"),
-        (record.share_text(0.0123), "1.2%"),
-        (record.share_text(1e-5), "< 0.1%"),
-        (record.peer_text(timed("eager", 3.0), timed(median=2.0)), "1.50x"),
-        (record.peer_text(timed("eager", 3.0), None), "3.00 ms"),
-        (record.peer_text(None, timed()), ""),
+        (text.time_text(0.01234), "12.3 µs"),
+        (text.time_text(1.5), "1.50 ms"),
+        (text.time_text(99.96), "100.0 ms"),
+        (text.time_text(12_345), "12.3 s"),
+        (text.bytes_text(999), "999 B"),
+        (text.bytes_text(1_234_000_000), "1.23 GB"),
+        (text.share_text(0.854), "85%"),
+        (text.share_text(0.0123), "1.2%"),
+        (text.share_text(1e-5), "< 0.1%"),
+        (tables.peer_text(timed("eager", 3.0), timed(median=2.0)), "1.50x"),
+        (tables.peer_text(timed("eager", 3.0), None), "3.00 ms"),
+        (tables.peer_text(None, timed()), ""),
     ],
 )
-def test_figures_in_words(text: str, expected: str) -> None:
-    assert text == expected
+def test_figures_as_text(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+# --- runs that continue -----------------------------------------------------------------------------------
+
+
+def made_up_problems(built: list[str]) -> list[benchmark.Problem]:
+    """Return the problems of two made-up cases with two shapes each; `built` receives each problem that is measured."""
+
+    def case(name: str) -> Case:
+        def build(device: str, dtype: torch.dtype, N: int) -> Workload:
+            built.append(f"{name} {N}")
+            return Workload({"ssdcore": lambda: torch.ones(N), "eager": lambda: torch.ones(N)})
+
+        return Case(name, build, [], [])
+
+    shapes = [{"N": N, "dtype": "float32"} for N in (1, 2)]
+    return [benchmark.Problem(case(name), shape, shape["N"] == 1) for name in "ab" for shape in shapes]
+
+
+CPU_FACTS = {**FACTS, "bandwidth": 1e9}
+
+
+def test_headlines_are_measured_first_and_rows_keep_the_order_of_the_cases(tmp_path: Path) -> None:
+    built: list[str] = []
+    file = tmp_path / "x.json"
+    found, left = benchmark.run(made_up_problems(built), Results(CPU_FACTS, []), minutes=math.inf, output=file)
+    assert built == ["a 1", "b 1", "a 2", "b 2"] and left == 0
+    assert [(row.case, row.shape["N"]) for row in found.rows[::2]] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert results.load(file).by_key().keys() == found.by_key().keys()
+
+
+def test_a_run_that_continues_measures_only_what_is_missing() -> None:
+    built: list[str] = []
+    work = made_up_problems(built)
+    found, left = benchmark.run(work, Results(CPU_FACTS, []), minutes=0, output=None)
+    assert (found.rows, left, built) == ([], 4, [])
+    first, left = benchmark.run(work[1:3], found, minutes=math.inf, output=None)
+    assert built == ["b 1", "a 2"] and left == 0
+    whole, left = benchmark.run(work, first, minutes=math.inf, output=None)
+    assert built == ["b 1", "a 2", "a 1", "b 2"] and left == 0
+    assert [(row.case, row.shape["N"]) for row in whole.rows[::2]] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert all(row in whole.rows for row in first.rows)
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = made_up_problems([])
+    rows = {"a": [replace(timed(), case="a", shape={"N": 1})]}
+
+    def interrupted(case: Case, *_: Any, **__: Any) -> list[Row]:
+        if case.name == "b":
+            raise KeyboardInterrupt
+        return rows[case.name]
+
+    monkeypatch.setattr(benchmark, "rows_of", interrupted)
+    found, left = benchmark.run(work, Results(CPU_FACTS, []), minutes=math.inf, output=None)
+    assert found.rows == rows["a"] and left == 3
+
+
+@pytest.mark.parametrize("fact", ["commit", "code", "device", "torch", "quick"])
+def test_a_run_continues_only_results_of_the_same_code_and_machine(tmp_path: Path, fact: str) -> None:
+    facts = dict.fromkeys(benchmark.SHARED_FACTS, "same") | {"bandwidth": 1e9}
+    Results(facts, []).save(tmp_path / "x.json")
+    assert benchmark.resumed(tmp_path / "x.json", facts) == Results(facts, [])
+    with pytest.raises(ValueError, match=rf"x.json holds results of {fact} same \(now other\): remove the file"):
+        benchmark.resumed(tmp_path / "x.json", facts | {fact: "other"})
+
+
+def test_progress_is_kept_between_calls(tmp_path: Path) -> None:
+    first = Progress(tmp_path / "new" / "x.jsonl", {"code": "a"})
+    first.record("one", PASSED)
+    first.record("two", FAILED, "why")
+    second = Progress(first.path, {"code": "a"})
+    assert second.names(PASSED) == ["one"] and second.names(FAILED) == ["two"] and not second.restarted
+    second.record("two", PASSED)
+    assert Progress(first.path, {"code": "a"}).names(PASSED) == ["one", "two"]
+
+
+def test_progress_begins_anew_for_other_code(tmp_path: Path) -> None:
+    Progress(tmp_path / "x.jsonl", {"code": "a"}).record("one", PASSED)
+    other = Progress(tmp_path / "x.jsonl", {"code": "b"})
+    assert other.names(PASSED) == [] and other.restarted
+    assert Progress(tmp_path / "x.jsonl", {"code": "b"}).names(PASSED) == []
+
+
+def test_the_code_digest_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    digests = []
+    for content in ("a = 1\n", "a = 2\n", "a = 1\n"):
+        (tmp_path / "kernels" / "x.py").write_text(content)
+        digests.append(environment.code_digest("kernels"))
+    assert digests[0] == digests[2] != digests[1]
 
 
 # --- comparing and showing --------------------------------------------------------------------------------
 
 
 def test_a_change_is_more_than_noise() -> None:
-    assert compare.differs(timed(median=1.0), timed(median=2.0))
-    assert compare.differs(timed(median=2.0), timed(median=1.0))
-    assert not compare.differs(timed(median=1.0), timed(median=1.04, p10=1.03, p90=1.05))
-    assert not compare.differs(timed(median=1.0, p90=3.0), timed(median=2.0, p10=0.5))
+    assert comparison.differs(timed(median=1.0), timed(median=2.0))
+    assert comparison.differs(timed(median=2.0), timed(median=1.0))
+    assert not comparison.differs(timed(median=1.0), timed(median=1.04, p10=1.03, p90=1.05))
+    assert not comparison.differs(timed(median=1.0, p90=3.0), timed(median=2.0, p10=0.5))
     once = {"p10": 1.0, "p90": 1.0, "runs": 1}
-    assert not compare.differs(timed(median=1.0, **once), timed(median=1.1, p10=1.1, p90=1.1, runs=1))
+    assert not comparison.differs(timed(median=1.0, **once), timed(median=1.1, p10=1.1, p90=1.1, runs=1))
 
 
 def test_a_change_that_launching_hides_shows_in_the_replay() -> None:
     before = timed(median=1.0, replay=0.1, replay_p10=0.09, replay_p90=0.11)
     after = timed(median=1.0, replay=0.2, replay_p10=0.19, replay_p90=0.21)
-    assert compare.differs(before, after) and not compare.differs(before, timed(median=1.0))
-    assert compare.side_by_side({"a": Results(FACTS, [before]), "b": Results(FACTS, [after])})[0][1] == [0.1, 0.2]
-    assert compare.side_by_side({"a": Results(FACTS, [before]), "b": Results(FACTS, [timed()])})[0][1] == [1.0, 1.0]
+    assert comparison.differs(before, after) and not comparison.differs(before, timed(median=1.0))
+    assert comparison.side_by_side({"a": Results(FACTS, [before]), "b": Results(FACTS, [after])})[0][1] == [0.1, 0.2]
+    assert comparison.side_by_side({"a": Results(FACTS, [before]), "b": Results(FACTS, [timed()])})[0][1] == [1.0, 1.0]
 
 
-def test_changes_name_what_got_slower_and_what_broke() -> None:
+def test_changes_list_what_became_slower_and_what_broke() -> None:
     old = Results(FACTS, [timed(median=1.0)])
-    assert "0 changed" in compare.changes(old, Results(FACTS, [timed(median=1.01)]))
-    slower = compare.changes(old, Results(FACTS, [timed(median=2.0)]))
+    assert "0 changed" in comparison.changes(old, Results(FACTS, [timed(median=1.01)]))
+    slower = comparison.changes(old, Results(FACTS, [timed(median=2.0)]))
     assert "1 changed" in slower and "2.00x" in slower
-    broken = compare.changes(old, Results(FACTS, [replace(timed(), status="wrong")]))
+    broken = comparison.changes(old, Results(FACTS, [replace(timed(), status="wrong")]))
     assert "wrong" in broken
-    elsewhere = compare.changes(old, Results({**FACTS, "device": "another"}, [timed()]))
+    elsewhere = comparison.changes(old, Results({**FACTS, "device": "another"}, [timed()]))
     assert "not the same device" in elsewhere
 
 
-def test_files_side_by_side_have_names_that_differ() -> None:
-    assert compare.names([Path("a/x.json"), Path("a/y.json")]) == ["x", "y"]
-    assert compare.names([Path("a/x.json"), Path("b/x.json")]) == ["a/x", "b/x"]
+def test_compared_files_have_different_names() -> None:
+    assert comparison.names([Path("a/x.json"), Path("a/y.json")]) == ["x", "y"]
+    assert comparison.names([Path("a/x.json"), Path("b/x.json")]) == ["a/x", "b/x"]
 
 
-def test_pictures_tell_what_they_show() -> None:
-    run_ = Results(FACTS, [timed(floor=0.1), timed("torchvision", 3.0), Row("nms", {"N": 3}, "float32", "x", "failed")])
-    keys = list(run_.by_key())
-    for svg in plot.charts(run_, keys).values():
-        assert plot.digest_in(svg.decode()) == plot.digest(run_, keys)
+def test_charts_carry_a_digest_of_what_they_show() -> None:
+    run = Results(FACTS, [timed(floor=0.1), timed("torchvision", 3.0), Row("nms", {"N": 3}, "float32", "x", "failed")])
+    keys = list(run.by_key())
+    for svg in charts.charts(run, keys).values():
+        assert charts.digest_in(svg.decode()) == charts.digest(run, keys)
     slower = Results(FACTS, [timed(floor=0.1), timed("torchvision", 3.1)])
-    assert plot.digest(slower, list(slower.by_key())) != plot.digest(run_, keys)
+    assert charts.digest(slower, list(slower.by_key())) != charts.digest(run, keys)
+
+
+def test_eager_is_a_peer_on_a_gpu_only() -> None:
+    rows = [timed(provider, replay=0.5) for provider in ("ssdcore", "torchvision", "eager", "torch.compile")]
+    on_cpu, on_gpu = Results(FACTS, rows), Results({**FACTS, "kind": "cuda"}, rows)
+    assert on_cpu.peers == ["torchvision"]
+    assert on_gpu.peers == ["torchvision", "eager", "torch.compile"]
+    keys = list(on_cpu.by_key())
+    for shown in (tables.table, lambda run: readme.section({"x": run}), lambda run: str(charts.charts(run, keys))):
+        assert "eager" not in shown(on_cpu) and "torch.compile" not in shown(on_cpu)
+        assert "eager" in shown(on_gpu) and "torch.compile" in shown(on_gpu)
+    assert list(scaling.curves(on_cpu, "B")) == ["ssdcore", "ssdcore (graph)", "torchvision"]
 
 
 def test_a_comparison_is_drawn(tmp_path: Path) -> None:
     runs = {"one": Results(FACTS, [timed()]), "two": Results(FACTS, [timed(median=2.0)])}
-    assert "2.00 ms (2.00x)" in compare.table(runs)
-    plot.draw_comparison(runs, tmp_path / "c.svg")
+    assert "2.00 ms (2.00x)" in comparison.table(runs)
+    charts.draw_comparison(runs, tmp_path / "c.svg")
     assert "two" in (tmp_path / "c.svg").read_text()
 
 
 def committed() -> dict[str, Results]:
-    return {file.stem: record.load(file) for file in sorted((ROOT / "perf/results").glob("*.json"))}
+    return {file.stem: results.load(file) for file in sorted((ROOT / "perf/results").glob("*.json"))}
 
 
-def test_the_readme_says_what_was_measured() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert report.with_section(readme, report.section(committed())) == readme, "run python perf/report.py"
+def test_the_readme_shows_the_committed_results() -> None:
+    content = (ROOT / "README.md").read_text()
+    assert readme.with_section(content, readme.section(committed())) == content, "run python perf/report.py"
 
 
-def test_the_charts_show_what_was_measured() -> None:
+def test_the_charts_show_the_committed_results() -> None:
     runs = committed()
     assert runs
-    for stem, results in runs.items():
-        keys = report.headline(results)
-        for name in plot.CHARTS:
+    for stem, run in runs.items():
+        keys = readme.headline(run)
+        for name in charts.CHARTS:
             svg = (ROOT / f"perf/results/{stem}-{name}.svg").read_text()
-            assert plot.digest_in(svg) == plot.digest(results, keys), "run python perf/report.py"
+            assert charts.digest_in(svg) == charts.digest(run, keys), "run python perf/report.py"
 
 
-def test_figures_are_of_a_commit_and_say_so() -> None:
-    for results in committed().values():
-        assert not results.facts["modified"], "measure a commit, not a working tree"  # None: measured on a copy
-        assert len(results.facts["commit"]) == 40
-        assert not results.facts["quick"]
-        assert any(row.status == "timed" for row in results.rows)
+def test_committed_results_name_their_commit() -> None:
+    for run in committed().values():
+        # None is allowed: it means that a copy without git's history was measured.
+        assert not run.facts["modified"], "measure a commit, not a working tree"
+        assert len(run.facts["commit"]) == 40
+        assert not run.facts["quick"]
+        assert any(row.status == "timed" for row in run.rows)
 
 
-def test_without_a_gpu_the_readme_says_so() -> None:
-    assert report.NO_GPU in report.section({"x": Results(FACTS, [timed()])})
+def test_the_readme_says_whether_a_gpu_was_measured() -> None:
+    assert readme.NO_GPU in readme.section({"x": Results(FACTS, [timed()])})
     on_gpu = Results({**FACTS, "kind": "cuda"}, [timed(replay=0.5)])
-    text = report.section({"a": Results(FACTS, [timed()]), "b": on_gpu})
-    assert report.NO_GPU not in text
-    assert text.index("b-speedup.svg") < text.index("a-speedup.svg")  # GPUs first
+    section = readme.section({"a": Results(FACTS, [timed()]), "b": on_gpu})
+    assert readme.NO_GPU not in section
+    assert section.index("b-speedup.svg") < section.index("a-speedup.svg")  # GPUs first
 
 
 # --- the commands -----------------------------------------------------------------------------------------
@@ -567,11 +686,11 @@ def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comple
     )
 
 
-def test_from_a_run_to_pictures(tmp_path: Path) -> None:
+def test_a_run_is_saved_drawn_and_compared(tmp_path: Path) -> None:
     first = command("run.py", "--device", "cpu", "--quick", "--case", "box_iou", "--output", "a.json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "box_iou" in first.stdout and "wrote a.json" in first.stdout
-    rows = record.load(tmp_path / "a.json").rows
+    rows = results.load(tmp_path / "a.json").rows
     assert {row.provider for row in rows} == {"ssdcore", "torchvision", "eager", "torch.compile"}
     assert all(row.status == "timed" for row in rows)
 
@@ -581,12 +700,12 @@ def test_from_a_run_to_pictures(tmp_path: Path) -> None:
     assert "(1.00x)" in side_by_side.stdout and (tmp_path / "comparison.svg").exists()
 
 
-def test_out_of_time_what_was_not_begun_is_counted(tmp_path: Path) -> None:
+def test_shapes_that_were_not_begun_in_time_are_counted(tmp_path: Path) -> None:
     done = command("run.py", "--device", "cpu", "--case", "box_iou", "--minutes", "0", cwd=tmp_path)
     assert "2 of 2 shapes were not begun within 0 minutes" in done.stdout
 
 
-def test_the_list_is_of_cases_and_shapes(tmp_path: Path) -> None:
+def test_list_prints_cases_and_shapes(tmp_path: Path) -> None:
     listed = command("run.py", "--list", "--device", "cpu", "--case", "nms", cwd=tmp_path).stdout
     assert listed.splitlines()[0].split() == ["nms", "N=8732", "boxes=uniform", "dtype=float32"]
 
@@ -602,13 +721,57 @@ def test_the_list_is_of_cases_and_shapes(tmp_path: Path) -> None:
         (["compile_report.py", "--arch", "h200"], "such as sm_90"),
     ],
 )
-def test_a_mistake_is_explained(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_wrong_argument_is_explained(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = command(*arguments, cwd=tmp_path)
     assert result.returncode != 0
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_the_interpreter_is_not_timed(tmp_path: Path) -> None:
+def without_packages(packages: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of perf/ as on a machine where `packages` are not installed."""
+    script = str(ROOT / "perf" / arguments[0])
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({packages}))
+sys.path.insert(0, {str(ROOT / "perf")!r})
+sys.argv = {list(arguments)}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=inherited)
+
+
+COMMAND_LINE_PACKAGES = ["typer", "pycocotools", "safetensors", "tensorboard"]
+
+
+def test_the_machine_code_report_needs_no_torchvision_and_no_matplotlib(tmp_path: Path) -> None:
+    arguments = ["compile_report.py", "--arch", "h200"]  # refused once everything has been imported
+    result = without_packages(["torchvision", "matplotlib", "PIL"], *arguments, cwd=tmp_path)
+    assert "such as sm_90" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_cases_that_miss_a_package_are_left_out_and_named(tmp_path: Path) -> None:
+    # As on a machine without a package that only the detector needs.
+    listed = without_packages(["ssdcore.data"], "run.py", "--list", "--device", "cpu", cwd=tmp_path).stdout
+    assert listed.startswith("box_iou")
+    assert "left out: training step, inference (import of ssdcore.data halted" in listed
+    refused = without_packages(["ssdcore.data"], "run.py", "--case", "inference", "--device", "cpu", cwd=tmp_path)
+    assert refused.returncode != 0 and "left out: training step, inference" in refused.stderr
+
+
+def test_the_ops_are_timed_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
+    arguments = ["run.py", "--device", "cpu", "--quick", "--case", "encode_boxes"]
+    result = without_packages(COMMAND_LINE_PACKAGES, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1].startswith("encode_boxes")
+
+
+def test_the_detector_is_timed_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
+    listed = without_packages(COMMAND_LINE_PACKAGES, "run.py", "--list", "--device", "cpu", cwd=tmp_path)
+    assert {"training step", "inference"} <= {line[:20].strip() for line in listed.stdout.splitlines()}
+
+
+def test_interpreted_kernels_are_not_timed(tmp_path: Path) -> None:
     result = command("run.py", "--case", "nms", cwd=tmp_path, TRITON_INTERPRET="1")
     assert result.returncode != 0 and "unset TRITON_INTERPRET" in result.stderr
 
@@ -627,14 +790,15 @@ def test_launches_waits_and_memory_on_a_gpu() -> None:
         return float((y * 2).sum())
 
     call()
-    counts = timing.count(call, "cuda")
+    counts = counting.count(call, "cuda")
     assert counts.syncs == 1
     assert counts.launches is not None and 3 <= counts.launches <= 5  # add, multiply, sum, copy to the host
     assert counts.peak_bytes is not None and 2 * 2**22 <= counts.peak_bytes <= 2 * 2**22 + 2**21
 
 
 @on_gpu
-def test_time_on_a_gpu_is_the_gpus() -> None:
+@pytest.mark.timing
+def test_a_gpu_call_that_sleeps_three_times_as_long_takes_three_times_as_long() -> None:
     cycles = 2_000_000  # about a millisecond
     calls = {"once": lambda: torch.cuda._sleep(cycles), "thrice": lambda: torch.cuda._sleep(3 * cycles)}
     times = timing.measure(calls, "cuda")
@@ -645,12 +809,13 @@ def test_time_on_a_gpu_is_the_gpus() -> None:
 def test_a_wait_inside_an_operator_is_counted() -> None:
     boxes, scores = inputs.nms_boxes("uniform", 1000, "cuda")
     torchvision.ops.nms(boxes, scores, 0.5)
-    counts = timing.count(lambda: torchvision.ops.nms(boxes, scores, 0.5), "cuda")
+    counts = counting.count(lambda: torchvision.ops.nms(boxes, scores, 0.5), "cuda")
     assert counts.syncs is not None and counts.syncs >= 1
 
 
 @on_gpu
-def test_a_replay_leaves_launching_out() -> None:
+@pytest.mark.timing
+def test_a_replay_does_not_include_launching() -> None:
     x = torch.ones(100, device="cuda")
 
     def call() -> None:
@@ -660,11 +825,12 @@ def test_a_replay_leaves_launching_out() -> None:
     replay, launched = timing.measure_replay(call), timing.measure({"call": call}, "cuda")["call"]
     assert replay is not None and replay.median < launched.median
     assert timing.measure_replay(lambda: x.sum().item()) is None
-    assert torch.rand(2, device="cuda").isfinite().all()  # refused, not aborted: the generator still works
+    assert torch.rand(2, device="cuda").isfinite().all()  # not captured rather than aborted: the generator still works
 
 
 @on_gpu
-def test_stages_on_a_gpu() -> None:
+@pytest.mark.timing
+def test_each_stage_on_a_gpu_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, None]:
         yield "long"
         torch.cuda._sleep(3_000_000)

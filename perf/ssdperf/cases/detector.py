@@ -1,7 +1,8 @@
 """The whole detector: a training step from images on disk, and inference from images in memory to detections there.
 
 Both clocks start with the data on the host. Published figures of SSD300 often start when the batch has reached the GPU
-and stop before decoding and NMS; these do neither. torchvision's model has the same weights and gets the same batches.
+and stop before decoding and NMS; these figures include both. torchvision's model has the same weights and gets the same
+batches.
 """
 
 import functools
@@ -14,23 +15,24 @@ from typing import Any
 
 import torch
 import torchvision
-from cases import BATCHES, NEAR_TIE, Shape, Workload, case, match_by_torchvision, same_detections, star, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
-from ssdcore.cli import usable_cores
+from ssdcore.cores import usable_cores
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
 from ssdcore.synthetic import make_synthetic
 from ssdcore.transforms import collate, train_transform
+from ssdperf.cases.training import match_by_torchvision
+from ssdperf.differences import NEAR_TIE, same_detections, within
+from ssdperf.registry import BATCHES, Shape, Workload, case, star
+from ssdperf.ssd300 import IMAGE_SIZE, NUM_CLASSES
 
-NUM_CLASSES = 81
-SIZE = 300  # pixels
 IMAGES_ON_DISK = 256
-MOST_WORKERS = 8  # bounds what is fetched ahead: 16 batches of 128 are 2 GB
-CANDIDATES = 50  # anchors of each class that pass the score threshold
-LR = 1e-5  # steps of full size that do not blow up: what is timed is not to learn
+MAX_WORKERS = 8  # bounds the memory of what is fetched ahead: 16 batches of 128 images are 2 GB
+CANDIDATES = 50  # anchors of each class that pass the score threshold, about as many as after training
+LR = 1e-5  # too small for random weights to diverge: the steps are timed, not meant to learn
 MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 Step = Generator[str, None, Any]
 
@@ -49,7 +51,7 @@ SHAPES = [shape for pair in zip(shapes("ssd300_vgg16"), shapes("ssd300_tiny"), s
 
 @case("training step", shapes=SHAPES, quick=quick(ssd300_tiny=8, ssd300_vgg16=2))
 def training_step(device: str, dtype: torch.dtype, model: str, B: int, layout: str) -> Workload:
-    """Data, forward, criterion (match and loss, there and back), backward, optimiser: everything from disk on."""
+    """Everything from disk on: data, forward, criterion (matching, loss and its gradient), backward, optimiser."""
     ours, theirs = _models(model, device, layout)
     loaders = [_Batches(B, device)]
     providers: dict[str, Callable[[], Step]] = {
@@ -72,7 +74,7 @@ def training_step(device: str, dtype: torch.dtype, model: str, B: int, layout: s
 def inference(device: str, dtype: torch.dtype, model: str, B: int, layout: str) -> Workload:
     """From images on the host to detections on the host: copy, network, postprocess with decoding and NMS, copy."""
     ours, theirs = _models(model, device, layout)
-    images = torch.rand(B, 3, SIZE, SIZE)
+    images = torch.rand(B, 3, IMAGE_SIZE, IMAGE_SIZE)
     if device == "cuda":
         images = images.pin_memory()
     providers: dict[str, Callable[[], Step]] = {
@@ -86,7 +88,7 @@ def inference(device: str, dtype: torch.dtype, model: str, B: int, layout: str) 
 
 
 def _models(name: str, device: str, layout: str) -> tuple[SSD, TorchvisionSSD | None]:
-    """A randomly initialised model, and torchvision's of the same weights where it has one."""
+    """Return a randomly initialised model, and torchvision's model with the same weights where it has one."""
     torch.backends.cudnn.benchmark = True  # every batch has one shape
     ours, theirs = deepcopy(_initialised(name))
     memory_format = MEMORY_FORMATS[layout]
@@ -98,7 +100,7 @@ def _models(name: str, device: str, layout: str) -> tuple[SSD, TorchvisionSSD | 
 
 @functools.cache
 def _initialised(name: str) -> tuple[SSD, TorchvisionSSD | None]:
-    """On the CPU. Initialising VGG takes seconds."""
+    """Return the models on the CPU. They are cached because initialising VGG takes seconds."""
     ours = MODELS[name](NUM_CLASSES, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
     _like_trained(ours)
     if name != "ssd300_vgg16":
@@ -115,12 +117,12 @@ def _initialised(name: str) -> tuple[SSD, TorchvisionSSD | None]:
 
 
 def _like_trained(model: SSD) -> None:
-    """Raise the background's biases until about `CANDIDATES` anchors of each class pass: as after training."""
+    """Raise the background's biases until about `CANDIDATES` anchors of each class pass, as after training."""
     with torch.no_grad():
-        maps, _ = model.eval().predict(model.resize(torch.rand(1, 3, SIZE, SIZE)))
+        maps, _ = model.eval().predict(model.resize(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)))
         logits = torch.cat([x.unflatten(1, (-1, NUM_CLASSES)).movedim(2, -1).flatten(0, -2) for x in maps])  # [A, C]
         lead = (logits[:, 1:] - logits[:, :1]).flatten()
-        # A score is about exp(lead - raised): the background is most of the sum.
+        # Raising the background by r makes a score about exp(lead - r), because the background dominates the sum.
         passing = lead.topk(CANDIDATES * (NUM_CLASSES - 1)).values[-1]
         raised = passing - math.log(model.score_threshold)
         for conv in model.head.classification_head.module_list:
@@ -133,26 +135,26 @@ def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _dataset() -> tuple[DetectionDataset, tempfile.TemporaryDirectory[str]]:
-    """With the folder that holds it, which goes with the process."""
+    """Return a drawn data set, and the folder that holds it, which is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="ssdcore-perf-")
     root = make_synthetic(f"{folder.name}/shapes", train=IMAGES_ON_DISK, val=0, progress=False)
     dataset = open_dataset(root, "train")
-    dataset.transform = train_transform(SIZE)
+    dataset.transform = train_transform(IMAGE_SIZE)
     return dataset, folder
 
 
 class _Batches:
-    """Batches without end, the same ones each time it is opened: by the first `next`, and again after `close`."""
+    """Endless batches, the same sequence each time they are opened: by the first `next`, and again after `close`."""
 
     def __init__(self, B: int, device: str) -> None:
         self.batch, self.device = B, device
-        self.workers = min(
-            MOST_WORKERS, max(0, usable_cores() - 2)
-        )  # one core for this process, one for the loader's thread
+        # Two cores stay free: one for this process, one for the loader's own thread.
+        self.workers = min(MAX_WORKERS, max(0, usable_cores() - 2))
         self.batches: Iterator[Any] | None = None
 
     @property
     def ahead(self) -> int:
+        """How many batches the workers fetch ahead."""
         return 2 * self.workers  # DataLoader's prefetch_factor
 
     def __next__(self) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -165,7 +167,7 @@ class _Batches:
 
     def _loader(self) -> DataLoader[Any]:
         dataset, _ = _dataset()
-        torch.manual_seed(0)  # of the augmentation, where no worker does it
+        torch.manual_seed(0)  # seeds the augmentation where there are no workers
         torch.multiprocessing.set_sharing_strategy("file_system")  # a batch of 128 exhausts the usual 1024 descriptors
         return DataLoader(
             dataset,
@@ -202,7 +204,7 @@ def _train_ours(
         yield "criterion"
         leaves = [x.detach().requires_grad_() for x in maps]
         half = len(leaves) // 2
-        sizes = torch.full((len(images), 4), float(SIZE))
+        sizes = torch.full((len(images), 4), float(IMAGE_SIZE))
         losses = list(model.loss(leaves[:half], leaves[half:], targets, sizes).values())
         gradients = torch.autograd.grad(sum(losses), leaves)
         yield "backward"
@@ -218,7 +220,7 @@ def _train_ours(
 def _train_torchvision(
     model: TorchvisionSSD, batches: _Batches, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
-    """What its `forward` does, opened up to tell the stages apart."""
+    """Return a step that does what the model's `forward` does, in stages that can be told apart."""
     device = next(model.parameters()).device
     optimizer = _sgd(model)
 
@@ -236,7 +238,8 @@ def _train_torchvision(
         yield "criterion"
         leaves = {name: x.detach().requires_grad_() for name, x in outputs.items()}
         anchors = model.anchor_generator(batch, features)
-        matched = match_by_torchvision([target["boxes"] for target in targets], anchors[0])  # all images' are the same
+        # All images have one size, so the first image's anchors are every image's.
+        matched = match_by_torchvision([target["boxes"] for target in targets], anchors[0])
         found = model.compute_loss(targets, {name: x.float() for name, x in leaves.items()}, anchors, matched)
         losses = [found["classification"], found["bbox_regression"]]
         gradients = torch.autograd.grad(sum(losses), list(leaves.values()))
@@ -252,7 +255,7 @@ def _train_torchvision(
 
 def _detect_ours(model: SSD, images: Tensor, autocast: AbstractContextManager[Any], layout: str) -> Callable[[], Step]:
     device = model.anchors.device
-    sizes = torch.full((len(images), 4), float(SIZE))
+    sizes = torch.full((len(images), 4), float(IMAGE_SIZE))
 
     @torch.inference_mode()
     def step() -> Step:
@@ -272,16 +275,16 @@ def _detect_ours(model: SSD, images: Tensor, autocast: AbstractContextManager[An
 def _detect_torchvision(
     model: TorchvisionSSD, images: Tensor, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
-    """What its `forward` does, opened up to tell the stages apart."""
+    """Return a step that does what the model's `forward` does, in stages that can be told apart."""
     device = next(model.parameters()).device
-    sizes = [(SIZE, SIZE)] * len(images)
+    sizes = [(IMAGE_SIZE, IMAGE_SIZE)] * len(images)
 
     @torch.inference_mode()
     def step() -> Step:
         yield "copy in"
-        own = list(images.to(device, non_blocking=True))
+        on_device = list(images.to(device, non_blocking=True))
         yield "network"
-        batch, _ = model.transform(own)
+        batch, _ = model.transform(on_device)
         with autocast:
             features = list(model.backbone(batch.tensors.contiguous(memory_format=MEMORY_FORMATS[layout])).values())
             outputs = model.head(features)

@@ -1,8 +1,9 @@
-"""What a call costs: its time, the memory, launches and waits it takes, and the bandwidth that bounds it.
+"""How long a call takes, and the bandwidth that bounds it.
 
-On a GPU a time is taken twice. `measure` starts with an idle GPU and an empty cache and ends with the last kernel, so
-it includes what the CPU needs to launch them; `measure_replay` times a CUDA graph of the same call, which is the
-kernels alone. On a CPU times are wall-clock, with as many threads as PyTorch has, and nothing is flushed.
+On a GPU a call is timed twice. `measure` starts with an idle GPU and an empty cache and ends with the last kernel, so
+it includes the time that the CPU needs to launch the kernels. `measure_replay` times a CUDA graph of the same call,
+which is the kernels alone. On a CPU the times are wall-clock times with as many threads as PyTorch has, and the caches
+are left as they are.
 """
 
 import gc
@@ -15,38 +16,25 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
-Staged = Callable[[], Generator[str, None, Any]]  # yields the name of each stage as it begins
+Staged = Callable[[], Generator[str, None, Any]]  # yields the name of each stage as the stage begins
 
-CACHE_BYTES = 256 * 2**20  # overwritten before each run: more than the L2 of any GPU so far (H200: 60 MB)
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # beyond any cache
-WARM_UP_S, MEASURE_S = 0.1, 0.3  # a provider, so that a run of all cases takes minutes
-FEWEST, MOST = 5, 200  # runs
-PATIENCE_S = 1.5  # that the fewest runs may take; the noise of a slow call is small beside it
-# Of the CPU for the GPU, as the driver calls them.
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+CACHE_BYTES = 256 * 2**20  # overwritten before each run: more than the L2 cache of any GPU so far (H200: 60 MB)
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # more than any cache holds
+WARM_UP_S, MEASURE_S = 0.1, 0.3  # per provider, so that a run of all cases takes minutes
+MIN_RUNS, MAX_RUNS = 5, 200
+PATIENCE_S = 1.5  # the most that `MIN_RUNS` runs may take; slow calls need fewer, because they vary less
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds a call, and how many were measured."""
+    """Milliseconds per call, and how many calls were measured."""
 
     median: float
     p10: float
     p90: float
     runs: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What one call takes; None where this device, or its profiler, does not tell."""
-
-    peak_bytes: int | None  # the most that was allocated at once, its result included, its inputs not
-    launches: int | None  # kernels, fills and copies on the GPU
-    syncs: int | None  # times that the CPU waited for the GPU, as the profiler saw them
 
 
 def summarise(milliseconds: list[float]) -> Times:
@@ -55,13 +43,16 @@ def summarise(milliseconds: list[float]) -> Times:
 
 
 def runs_for(seconds: float) -> int:
-    """How often to time a call that takes `seconds`: `FEWEST` times if that is soon done, else less, at least once."""
-    fewest = min(FEWEST, int(PATIENCE_S / seconds))
-    return max(1, min(MOST, max(fewest, int(MEASURE_S / seconds))))
+    """Return how often to time a call that takes `seconds`.
+
+    As often as `MEASURE_S` allows, but at least `MIN_RUNS` times if these take at most `PATIENCE_S`, and at least once.
+    """
+    fewest = min(MIN_RUNS, int(PATIENCE_S / seconds))
+    return max(1, min(MAX_RUNS, max(fewest, int(MEASURE_S / seconds))))
 
 
 def in_turn(runs: Mapping[str, int]) -> Iterator[str]:
-    """Each name as often as `runs` says, spread evenly over the whole, so that a disturbance meets all alike."""
+    """Yield each name as often as `runs` says, spread evenly, so that a disturbance affects all names alike."""
     rounds = max(runs.values(), default=0)
     for done in range(rounds):
         for name, wanted in runs.items():
@@ -70,7 +61,7 @@ def in_turn(runs: Mapping[str, int]) -> Iterator[str]:
 
 
 def measure(calls: Mapping[str, Call], device: str) -> dict[str, Times]:
-    """Time `calls` in turn on `device` ("cpu" or "cuda"); each has run before."""
+    """Time `calls` in turn on `device` ("cpu" or "cuda"). Each call must have run before."""
     time_once = _once_on_gpu() if device == "cuda" else _once_on_cpu
     runs = {name: runs_for(_warm_up(call)) for name, call in calls.items()}
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -81,13 +72,14 @@ def measure(calls: Mapping[str, Call], device: str) -> dict[str, Times]:
 
 
 def measure_replay(call: Call) -> Times | None:
-    """Time a CUDA graph of `call`; None if it waits for the GPU, so that it cannot be captured."""
+    """Time a CUDA graph of `call`. Return None if the call waits for the GPU, because it cannot be captured then."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # lazy initialisation must be over
             call()
-        # A wait would abort the capture and leave PyTorch's allocator and random numbers in its state: ask before.
+        # A wait during the capture would abort it and leave PyTorch's allocator and random number generator in capture
+        # mode. Therefore look for waits before the capture.
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
@@ -109,11 +101,19 @@ def measure_replay(call: Call) -> Times | None:
 
 
 def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, float, dict[str, float]]:
-    """Time consecutive steps: each of them, the milliseconds a step of the whole, and the share of each stage.
+    """Time consecutive steps.
 
-    On a GPU the stages are told apart on its own clock, without a wait between them: a stage that the CPU spends
-    while the GPU is still busy costs nothing. With data fetched `ahead` steps, as many are spent before the clock
-    starts and twice as many measured, so that what was fetched before does not pass for speed.
+    On a GPU the GPU's own clock tells the stages apart, without a wait between them: a stage in which the CPU works
+    while the GPU is still busy costs nothing.
+
+    Args:
+        step: the call.
+        device: "cpu" or "cuda".
+        ahead: steps that the data is fetched ahead. As many steps run before the clock starts, and at least twice as
+            many are measured, so that data that was fetched earlier does not pass for speed.
+
+    Returns:
+        The times of single steps, the milliseconds per step over the whole measurement, and each stage's share of it.
     """
     clock = _GpuClock() if device == "cuda" else _CpuClock()
 
@@ -135,7 +135,7 @@ def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, fl
 
 
 def finish(step: Generator[str, None, Any]) -> Any:
-    """Run a staged call to its end: its result."""
+    """Run a staged call to its end and return its result."""
     while True:
         try:
             next(step)
@@ -143,28 +143,11 @@ def finish(step: Generator[str, None, Any]) -> Any:
             return end.value
 
 
-def count(call: Call, device: str) -> Counts:
-    if device == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            call()
-        return Counts(_peak(profiler), None, None)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    # The raw events: the profiler's own objects would take minutes for a loop over classes.
-    events = profiler.profiler.kineto_results.events()
-    launches = sum(event.device_type() == DeviceType.CUDA for event in events)
-    if launches == 0:  # the profiler may not look at this GPU
-        return Counts(peak, None, None)
-    return Counts(peak, launches, sum(event.name() in WAITS for event in events))
-
-
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that the fastest tenth of copies of a large tensor reads and writes, both counted."""
+    """Return the bandwidth of copying a large tensor in bytes per second, reads and writes both counted.
+
+    It is that of the fastest tenth of the copies.
+    """
     size = COPY_BYTES[device]
     if device == "cuda":
         size = min(size, torch.cuda.mem_get_info()[0] // 8)
@@ -176,12 +159,12 @@ def copy_bandwidth(device: str) -> float:
 
 
 def _warm_up(call: Call) -> float:
-    """Seconds a call, at least one and for at least `WARM_UP_S`."""
+    """Call at least once and for at least `WARM_UP_S`; return the seconds per call."""
     start = time.perf_counter()
     calls = 0
     while calls < 1 or time.perf_counter() - start < WARM_UP_S:
         call()
-        if torch.cuda.is_initialized():  # else work would pile up on the GPU
+        if torch.cuda.is_initialized():  # otherwise work would pile up on the GPU
             torch.cuda.synchronize()
         calls += 1
     return (time.perf_counter() - start) / calls
@@ -189,7 +172,7 @@ def _warm_up(call: Call) -> float:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """As `timeit`: a collection is nobody's fault, and would meet one provider by chance."""
+    """Switch the garbage collector off, as `timeit` does, because a collection would hit one provider by chance."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -206,7 +189,10 @@ def _once_on_cpu(call: Call) -> float:
 
 
 def _once_on_gpu(*, wait: bool = True) -> Callable[[Call], float]:
-    """Times one call with the cache overwritten before; with `wait` on an idle GPU, so that launching counts."""
+    """Return a function that overwrites the cache and then times one call.
+
+    With `wait` the GPU is idle when the clock starts, so that the time of launching the kernels counts.
+    """
     cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
@@ -221,16 +207,6 @@ def _once_on_gpu(*, wait: bool = True) -> Callable[[Call], float]:
         return start.elapsed_time(end)
 
     return once
-
-
-def _peak(profiler: profile) -> int:
-    """The most memory that was allocated at once, of a profile's allocations and releases."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    peak = total = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 class _CpuClock:

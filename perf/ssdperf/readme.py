@@ -1,0 +1,74 @@
+"""The figures in the README: tables between two markers, made from the results."""
+
+from ssdperf.charts import CHARTS
+from ssdperf.results import OURS, Key, Results, Row
+from ssdperf.tables import device_text, peer_text, stages_text
+from ssdperf.text import markdown_table, share_text, time_text
+
+BEGIN = "<!-- figures: written by perf/report.py, not by hand -->"
+END = "<!-- end of figures -->"
+NO_GPU = "**No GPU has been measured yet.** The benchmark is ready for one; the following figures are from a CPU."
+
+
+def headline(run: Results) -> list[Key]:
+    """Return the first shape of each case; of each model and kind of outputs where a case has several."""
+    found: dict[tuple[str, ...], Key] = {}
+    for row in run.rows:
+        kind = tuple(str(row.shape.get(name, "")) for name in ("model", "outputs"))
+        found.setdefault((row.case, *kind), row.key)
+    return list(found.values())
+
+
+def section(runs: dict[str, Results]) -> str:
+    """Return the text between the markers, GPUs first.
+
+    Args:
+        runs: results by the stem of their file in perf/results/.
+    """
+    ordered = sorted(runs.items(), key=lambda item: (item[1].facts["kind"] != "cuda", item[0]))
+    parts = [] if any(run.facts["kind"] == "cuda" for run in runs.values()) else [NO_GPU]
+    for stem, run in ordered:
+        keys = headline(run)
+        parts.append(f"**{device_text(run.facts)}**")
+        parts.append(_ops(run, keys))
+        parts.append(_detectors(run, keys))
+        parts += [f"![{name}](perf/results/{stem}-{name}.svg)" for name in CHARTS]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ops(run: Results, keys: list[Key]) -> str:
+    table = run.by_key()
+    replayed = any(row.replay for row in run.rows)
+    lines = []
+    for key in keys:
+        rows = table[key]
+        ours = rows.get(OURS, Row(*key[:1], {}, "", OURS, "failed"))
+        if any(row.stages for row in rows.values()):
+            continue
+        time = time_text(ours.median) or ours.status
+        entries = [f"`{key[0]}`", key[1], key[2], time, *([time_text(ours.replay)] if replayed else [])]
+        entries += [peer_text(rows.get(peer), ours) for peer in run.peers]
+        entries += [time_text(ours.floor), share_text(ours.share)]
+        lines.append(entries)
+    header = ["op", "shape", "dtype", OURS, *(["as a CUDA graph"] if replayed else []), *run.peers, "floor", "reached"]
+    return markdown_table(header, lines) if lines else ""
+
+
+def _detectors(run: Results, keys: list[Key]) -> str:
+    table = run.by_key()
+    lines = []
+    for key in keys:
+        for row in table[key].values():
+            if row.stages:
+                lines.append([*key, row.provider, f"{row.images_per_second:.1f}", stages_text(row)])
+    header = ["from host to host", "shape", "dtype", "provider", "images/s", "where the time goes"]
+    return markdown_table(header, lines) if lines else ""
+
+
+def with_section(readme: str, text: str) -> str:
+    """Return `readme` with `text` between the markers."""
+    before, found, rest = readme.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"README.md must hold the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
