@@ -1,6 +1,6 @@
-"""Write the README's figures from perf/results/: its tables between two markers, its charts beside the results.
+"""Write the figures of both READMEs from perf/results/: tables between two markers, charts beside the results.
 
-The README shows only the first shape of each case, at which torch.compile is timed too. The result files hold the rest.
+They show only the first shape of each case, at which torch.compile is timed too. The result files hold the rest.
 """
 
 import argparse
@@ -17,13 +17,13 @@ def main() -> None:
         runs = {file.stem: results.load(file) for file in sorted(FOLDER.glob("*.json"))}
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    file = ROOT / "README.md"
-    file.write_text(readme.with_section(file.read_text(), readme.section(runs)))
+    for file, text in ((ROOT / "README.md", readme.section(runs)), (ROOT / "perf/README.md", readme.details(runs))):
+        file.write_text(readme.with_section(file.read_text(), text))
     for stem, run in runs.items():
         for name, svg in charts.charts(run, readme.headline(run)).items():
             (FOLDER / f"{stem}-{name}.svg").write_bytes(svg)
     count = len(charts.CHARTS) * len(runs)
-    print(f"wrote README.md and {count} charts in {FOLDER.relative_to(ROOT)}, from {len(runs)} files")
+    print(f"wrote README.md, perf/README.md and {count} charts in {FOLDER.relative_to(ROOT)}, from {len(runs)} files")
 
 
 if __name__ == "__main__":

@@ -644,6 +644,12 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert readme.with_section(content, readme.section(committed())) == content, "run python perf/report.py"
 
 
+def test_the_benchmarks_readme_shows_the_committed_detectors() -> None:
+    content = (ROOT / "perf/README.md").read_text()
+    assert readme.with_section(content, readme.details(committed())) == content, "run python perf/report.py"
+    assert "training step" in content
+
+
 def test_the_charts_show_the_committed_results() -> None:
     runs = committed()
     assert runs

@@ -19,9 +19,7 @@ from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.levels import in_planes, rows_are_dense
 
 TILE_LOGITS = 8192  # logits that a program holds at once, with padding: 64 per thread at four warps
-MAX_TILE_ANCHORS = (
-    64  # with 81 classes, 48 logits per thread: few enough registers for seven programs per multiprocessor
-)
+MAX_TILE_ANCHORS = 64  # with 81 classes 48 logits per thread, so that seven programs fit a multiprocessor
 LOG2_E = Constant(1.4426950408889634)  # exp(x) is exp2(x * log2(e))
 
 
@@ -72,7 +70,6 @@ def levels_of(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> tup
         box_deltas: levels [B, P, a, 4].
     """
     planes = in_planes([*cls_logits, *box_deltas])
-
     logits, deltas = (
         tuple(x if planes or rows_are_dense(x) else x.contiguous() for x in maps) for maps in (cls_logits, box_deltas)
     )

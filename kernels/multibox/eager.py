@@ -185,7 +185,7 @@ def multibox_loss_backward(
     """The gradients of each level of the logits, then of each level of the deltas."""
     grads = [grad.zero_() for grad in empty_gradients(cls_logits, box_deltas)]
     grad_logits, grad_deltas = grads[: len(cls_logits)], grads[len(cls_logits) :]
-    # About one row in sixty is selected. Each of the other rows costs its zeros, and is never read.
+    # With seven objects per image, about one row in eighty is selected. Other rows cost their zeros and are never read.
     image, anchor = selected.nonzero(as_tuple=True)
     gt_index = matched_idxs[image, anchor]
     is_positive = (gt_index >= 0).nonzero()[:, 0]

@@ -1,6 +1,5 @@
-"""The figures in the README: tables between two markers, made from the results."""
+"""The figures in the READMEs: tables and charts between two markers, made from the results."""
 
-from ssdperf.charts import CHARTS
 from ssdperf.results import OURS, Key, Results, Row
 from ssdperf.tables import device_text, peer_text, stages_text
 from ssdperf.text import markdown_table, share_text, time_text
@@ -20,20 +19,33 @@ def headline(run: Results) -> list[Key]:
 
 
 def section(runs: dict[str, Results]) -> str:
-    """Return the text between the markers, GPUs first.
+    """Return the figures of README.md: the ops beside their peers, GPUs first.
 
     Args:
         runs: results by the stem of their file in perf/results/.
     """
-    ordered = sorted(runs.items(), key=lambda item: (item[1].facts["kind"] != "cuda", item[0]))
     parts = [] if any(run.facts["kind"] == "cuda" for run in runs.values()) else [NO_GPU]
-    for stem, run in ordered:
-        keys = headline(run)
-        parts.append(f"**{device_text(run.facts)}**")
-        parts.append(_ops(run, keys))
-        parts.append(_detectors(run, keys))
-        parts += [f"![{name}](perf/results/{stem}-{name}.svg)" for name in CHARTS]
+    for stem, run in _gpus_first(runs):
+        parts += [f"**{device_text(run.facts)}**", _ops(run, headline(run))]
+        parts.append(f"![Time of each peer over ssdcore's](perf/results/{stem}-speedup.svg)")
     return "\n\n".join(part for part in parts if part)
+
+
+def details(runs: dict[str, Results]) -> str:
+    """Return the figures of perf/README.md: whole detectors, and the share of the floor; GPUs first.
+
+    Args:
+        runs: results by the stem of their file in perf/results/.
+    """
+    parts = []
+    for stem, run in _gpus_first(runs):
+        parts += [f"**{device_text(run.facts)}**", _detectors(run, headline(run))]
+        parts.append(f"![Share of the floor](results/{stem}-floor.svg)")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _gpus_first(runs: dict[str, Results]) -> list[tuple[str, Results]]:
+    return sorted(runs.items(), key=lambda item: (item[1].facts["kind"] != "cuda", item[0]))
 
 
 def _ops(run: Results, keys: list[Key]) -> str:
@@ -70,5 +82,5 @@ def with_section(readme: str, text: str) -> str:
     before, found, rest = readme.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise SystemExit(f"README.md must hold the lines {BEGIN} and {END}")
+        raise SystemExit(f"a README with figures must hold the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"

@@ -92,7 +92,7 @@ class _Loss:
         return [*self.logits, *self.deltas]
 
     def workload(self, providers: Mapping[str, Callable[[], Any]], *also_read: Tensor) -> Workload:
-        # The deltas and anchors do not count as read, because only those of the positives are: about one in a hundred.
+        # The deltas and anchors do not count as read, because only those of the positives are: about one in 300.
         return Workload(providers, reads=(*self.logits, *also_read), difference=within(NEAR_TIE))
 
 
