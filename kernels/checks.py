@@ -72,7 +72,7 @@ def check_count(name: str, value: int, minimum: int) -> None:
 
 
 def check_weights(weights: Sequence[float]) -> list[float]:
-    """The four weights of the box encoding as floats; raises unless there are four and all are positive."""
-    if len(weights) != 4 or not all(weight > 0 for weight in weights):
-        raise ValueError(f"weights must be four positive numbers, got {weights}")
+    """The four weights of the box encoding as floats; raises unless there are four, all positive and finite."""
+    if not isinstance(weights, Sequence) or len(weights) != 4 or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"weights must be four positive, finite numbers, got {weights}")
     return [float(weight) for weight in weights]

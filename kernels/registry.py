@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.library import Library, infer_schema, register_fake
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = Library("ssdcore", "DEF")  # not `custom_op`, because each call of one takes 10 µs longer
@@ -57,6 +57,15 @@ def define(
     register_fake(f"ssdcore::{name}", fake, lib=LIBRARY)
     overload: OpOverload = getattr(torch.ops.ssdcore, name).default
     return overload
+
+
+def forbid_second_gradient(function: str, backward: OpOverload) -> None:
+    """Make it an error to differentiate `backward`, the gradient of `function`; otherwise it would be taken as 0."""
+
+    def raise_error(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{function} can be differentiated only once")
+
+    register_autograd(backward, raise_error, lib=LIBRARY)
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:

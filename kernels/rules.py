@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # 1 / the variances 0.1, 0.1, 0.2, 0.2 of the SSD paper's code
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # decoding clamps dw and dh here; torchvision's BoxCoder, bbox_xform_clip
 
 # An option of every launch: eager code rounds a product before it adds to it. A fused multiply-add would not, and the

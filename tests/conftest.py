@@ -64,6 +64,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "INTERPRETED", on_triton and not cuda)
         patch.setattr(torch, "empty", _empty_as_nan(torch.empty))
+        for name in ("new_empty", "new_empty_strided"):  # the gradients of the loss are allocated with these
+            patch.setattr(torch.Tensor, name, _empty_as_nan(getattr(torch.Tensor, name)))
         device = "cuda" if on_triton and cuda else "cpu"
         # The interpreter takes milliseconds per program, so it gets fewer problems.
         yield Backend(request.param, device, max_examples=30 if on_triton and not cuda else 150)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def allowed_imports(file: str) -> set[str]:
     if name == "triton":
         return {"torch", "triton", *DEVICE, *shared("rules", "levels")}
     assert name == "op" and subject in SUBJECTS, f"{file} has no place in the layout"
-    return {"torch", *shared(*SHARED, "boxes.op", f"{subject}.eager", f"{subject}.triton")}
+    return {"torch", *shared(*SHARED, f"{subject}.eager", f"{subject}.triton")}
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -99,7 +100,8 @@ def test_imports_point_downwards(file: str) -> None:
 def test_kernels_are_imported_on_first_use() -> None:
     for subject in SUBJECTS:
         for node in ast.parse((ROOT / f"kernels/{subject}/op.py").read_text()).body:
-            assert not (isinstance(node, ast.ImportFrom) and "triton" in (node.module or ""))
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "triton" not in ast.unparse(node)
 
 
 @pytest.mark.parametrize("file", sources("ssdcore"))
@@ -120,7 +122,7 @@ def test_the_benchmark_uses_public_ops(file: str) -> None:
 def test_one_file_of_kernels_reads_the_environment() -> None:
     for file in sources("kernels"):
         text = (ROOT / file).read_text()
-        assert "environ" not in text or file == "kernels/registry.py"
+        assert not re.search("environ|getenv", text) or file == "kernels/registry.py"
         assert "autotune" not in text
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from ssdcore import kernels
 from ssdcore.kernels import levels
 from ssdcore.kernels.boxes import eager as boxes_eager
-from ssdcore.kernels.boxes.op import BOX_WEIGHTS
 from ssdcore.kernels.matching import eager as matching_eager
 from ssdcore.kernels.multibox import eager as multibox_eager
 from ssdcore.kernels.nms import eager as nms_eager
+from ssdcore.kernels.rules import BOX_WEIGHTS
 
 BATCH, ANCHORS, CLASSES = 2, 37, 4
 WEIGHTS = list(BOX_WEIGHTS)
@@ -173,6 +173,30 @@ def test_default_dtype_and_default_device_do_not_matter(backend: Backend, name: 
     assert same(found, expected)
 
 
+@pytest.mark.parametrize("name", ["decode_boxes", "multibox_loss"])
+def test_a_second_derivative_is_an_error(backend: Backend, name: str) -> None:
+    arguments = op_arguments(backend.device)[name]
+    leaf = tensors(arguments)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(tensors(op(name)(*arguments))[0].sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{name} can be differentiated only once"):
+        torch.autograd.grad(grad.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("name", ["encode_boxes", "decode_boxes", "match_anchors", "multibox_loss"])
+@pytest.mark.parametrize("wide", ["first", "last"])
+def test_float64_and_float32_mix(name: str, wide: str) -> None:
+    # The first tensor determines the dtype of the result, or the result is not a float.
+    arguments = op_arguments("cpu")[name]
+    expected = op(name)(*arguments)
+    widened = (
+        tensors(arguments[0]) if wide == "first" else [x for x in tensors(arguments) if x.is_floating_point()][-1:]
+    )
+    mixed = each_tensor(arguments, lambda x: x.double() if any(x is y for y in widened) else x)
+    torch.library.opcheck(op(name), mixed, test_utils="test_faketensor")
+    for a, b in zip(tensors(op(name)(*mixed)), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b, check_dtype=False)
+
+
 @pytest.mark.parametrize("layout", ["packed", "transposed", "planes", "channels_last"])
 def test_a_compiled_training_step_has_the_same_gradients(backend: Backend, layout: str) -> None:
     # The gradients must have the strides that the fake implementation promises.
@@ -277,7 +301,14 @@ TRUTH = (
             TypeError,
             "max_output must be an int, got float",
         ),
+        (
+            lambda: kernels.batched_nms_padded(BOXES[None], SCORES[None], None, 0.5, 3, torch.nan),
+            ValueError,
+            "score_threshold must be a number or None, got nan",
+        ),
         (lambda: kernels.box_iou(BOXES, BOXES.half()), TypeError, "boxes2 must be float32, got float16"),
+        (lambda: kernels.encode_boxes(BOXES.tolist(), BOXES), TypeError, "boxes must be a tensor, got list"),
+        (lambda: kernels.decode_boxes(BOXES, None), TypeError, "anchors must be a tensor, got NoneType"),
         (
             lambda: kernels.encode_boxes(BOXES, BOXES[:3]),
             ValueError,
@@ -291,7 +322,17 @@ TRUTH = (
         (
             lambda: kernels.decode_boxes(BOXES, BOXES, (1, 1, 1)),
             ValueError,
-            "weights must be four positive numbers, got (1, 1, 1)",
+            "weights must be four positive, finite numbers, got (1, 1, 1)",
+        ),
+        (
+            lambda: kernels.decode_boxes(BOXES, BOXES, (1, torch.inf, 1, 1)),
+            ValueError,
+            "weights must be four positive, finite numbers, got (1, inf, 1, 1)",
+        ),
+        (
+            lambda: kernels.match_anchors(BOXES, TRUTH[3].to("meta"), BOXES),
+            ValueError,
+            "gt_offsets must be on cpu, as the first argument, got meta",
         ),
         (
             lambda: kernels.match_anchors(BOXES, torch.zeros(2), BOXES),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssdcore.kernels.rules import MAX_LOG_SCALE, widen
+from ssdcore.kernels.rules import MAX_LOG_SCALE, computed_dtype, widen
 
 
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     wx, wy, ww, wh = weights
     cx, cy, width, height = _centre_and_size(widen(boxes))
-    anchor_cx, anchor_cy, anchor_width, anchor_height = _centre_and_size(widen(anchors))
+    anchor_cx, anchor_cy, anchor_width, anchor_height = _centre_and_size(anchors.to(computed_dtype(boxes)))
     return torch.stack(
         (
             wx * (cx - anchor_cx) / anchor_width,
@@ -45,7 +45,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Te
 def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     wx, wy, ww, wh = weights
     dx, dy, dw, dh = widen(deltas).unbind(-1)
-    anchor_cx, anchor_cy, anchor_width, anchor_height = _centre_and_size(widen(anchors))
+    anchor_cx, anchor_cy, anchor_width, anchor_height = _centre_and_size(anchors.to(computed_dtype(deltas)))
     cx = dx / wx * anchor_width + anchor_cx
     cy = dy / wy * anchor_height + anchor_cy
     half_width = 0.5 * (torch.exp((dw / ww).clamp(max=MAX_LOG_SCALE)) * anchor_width)
@@ -57,7 +57,7 @@ def decode_boxes_backward(grad: Tensor, deltas: Tensor, anchors: Tensor, weights
     wx, wy, ww, wh = weights
     grad_x1, grad_y1, grad_x2, grad_y2 = widen(grad).unbind(-1)
     _, _, dw, dh = widen(deltas).unbind(-1)
-    _, _, anchor_width, anchor_height = _centre_and_size(widen(anchors))
+    _, _, anchor_width, anchor_height = _centre_and_size(anchors.to(computed_dtype(deltas)))
     log_width, log_height = dw / ww, dh / wh
     width_slope = torch.where(log_width <= MAX_LOG_SCALE, torch.exp(log_width) * anchor_width, 0.0)
     height_slope = torch.where(log_height <= MAX_LOG_SCALE, torch.exp(log_height) * anchor_height, 0.0)

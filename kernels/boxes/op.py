@@ -13,10 +13,8 @@ from torch.library import register_autograd
 
 from ssdcore.kernels.boxes import eager
 from ssdcore.kernels.checks import FLOATS, INTEGERS, check_no_gradient, check_tensor, check_weights
-from ssdcore.kernels.registry import LIBRARY, define
-from ssdcore.kernels.rules import computed_dtype
-
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # 1 / the variances 0.1, 0.1, 0.2, 0.2 of the SSD paper's code
+from ssdcore.kernels.registry import LIBRARY, define, forbid_second_gradient
+from ssdcore.kernels.rules import BOX_WEIGHTS, computed_dtype
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -73,8 +71,8 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = BOX
     """Decode offsets from anchors to boxes: the inverse of `encode_boxes`.
 
     This is torchvision's `BoxCoder.decode`: dw and dh are clamped at log(1000 / 16), so that no side is longer than
-    62.5 times the anchor's. Differentiable in `deltas`. Anchors that require a gradient are an error while gradients
-    are recorded.
+    62.5 times the anchor's. Differentiable once in `deltas`. Anchors that require a gradient are an error while
+    gradients are recorded.
 
     Args:
         deltas: [..., 4]: dx, dy, dw, dh.
@@ -96,18 +94,19 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = BOX
 def _broadcast(name: str, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Check both, expand `boxes` to their common shape, and `anchors` to the last dimensions of it."""
     for argument, tensor, like in ((name, boxes, None), ("anchors", anchors, boxes)):
-        if isinstance(tensor, Tensor) and (tensor.dim() == 0 or tensor.shape[-1] != 4):
-            raise ValueError(f"{argument} must have shape [..., 4], got {list(tensor.shape)}")
-        check_tensor(argument, tensor, tuple(tensor.shape), FLOATS, like)
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+        if isinstance(tensor, Tensor) and shape[-1:] != (4,):
+            raise ValueError(f"{argument} must have shape [..., 4], got {list(shape)}")
+        check_tensor(argument, tensor, shape, FLOATS, like)
     try:
-        shape = torch.broadcast_shapes(boxes.shape, anchors.shape)
+        common = torch.broadcast_shapes(boxes.shape, anchors.shape)
     except RuntimeError as error:
         raise ValueError(
             f"anchors must broadcast with {name} {list(boxes.shape)}, got {list(anchors.shape)}"
         ) from error
-    boxes = boxes.expand(shape)
-    if anchors.shape != shape[len(shape) - anchors.dim() :]:
-        anchors = anchors.expand(shape)
+    boxes = boxes.expand(common)
+    if anchors.shape != common[len(common) - anchors.dim() :]:
+        anchors = anchors.expand(common)
     return boxes, anchors
 
 
@@ -169,3 +168,4 @@ decode_boxes_backward_op = define(
     fake=_fake_decode_boxes_backward,
 )
 register_autograd("ssdcore::decode_boxes", _decode_gradient, setup_context=_save_for_decode_gradient, lib=LIBRARY)
+forbid_second_gradient("decode_boxes", decode_boxes_backward_op)

@@ -1,10 +1,11 @@
 """Kernels for the IoU of every pair of boxes, box encoding, box decoding and the gradient of decoding.
 
-`box_iou`: one launch. A program makes a tile of the result from two strips of boxes. It moves 4 bytes per pair, and 32
-bytes per row and column of a tile.
+`box_iou`: one launch. A program makes a tile of the result from two strips of boxes. It moves 4 bytes per pair, and
+16 bytes (8 in 16 bits) for each row and each column of a tile.
 
-Encoding, decoding, gradient: one launch each, elementwise. A program reads 16 bytes of a box (8 in 16 bits) and 16 of
-its anchor, and writes 16. Anchors that a batch shares come from the cache.
+Encoding, decoding, gradient: one launch each, elementwise. Per box, the kernels read 16 bytes of box or deltas (8 in 16
+bits) and 16 bytes of its anchor, and write 16. The gradient reads another 16 bytes and writes in the dtype of the
+deltas. Anchors that a batch shares come from the cache.
 
 No kernel needs scratch memory. The gradient of decoding, where s = exp(min(dw / ww, MAX_LOG_SCALE)) is the scale of the
 anchor's width W, x1 = cx - s W / 2 and x2 = cx + s W / 2 (y alike):

@@ -94,7 +94,7 @@ def store_deltas(deltas_ptr, index, deltas, mask):
 def load_box_by_coordinate(boxes_ptr, index):
     """The boxes at a block of `index` in `boxes_ptr` [..., 4], in fp32, with one load per coordinate.
 
-    For a few boxes that every thread needs: `load_box` would give each box to one thread, which had to share it.
+    For a few boxes that every thread needs: `load_box` would give each box to one thread, which would have to share it.
     """
     corner = boxes_ptr + index * 4
     x1 = tl.load(corner).to(tl.float32)
@@ -118,7 +118,7 @@ def columns(box):
 
 @triton.jit
 def _intersection_and_union(a, b):
-    # `min` and `max` may drop a NaN here, because it returns through the area.
+    # `min` and `max` may drop a NaN here, because the area brings the NaN back.
     width = tl.maximum(tl.minimum(a.x2, b.x2) - tl.maximum(a.x1, b.x1), 0.0)
     height = tl.maximum(tl.minimum(a.y2, b.y2) - tl.maximum(a.y1, b.y1), 0.0)
     intersection = width * height

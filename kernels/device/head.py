@@ -63,7 +63,7 @@ class Span(NamedTuple):
 
 
 def levels_of(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> tuple[Levels, HeadShape]:
-    """Bundle the head's outputs for kernels; copies only levels that lie in neither layout.
+    """Bundle the head's outputs for kernels; unless all levels lie in planes, copies those that do not lie in rows.
 
     Args:
         cls_logits: levels [B, P, a, C].
@@ -140,8 +140,8 @@ def ptr_of_image(ptrs, strides, block, image):
 
 
 @triton.jit
-def locate_block(number, levels, BLOCK: tl.constexpr):
-    """The level of block `number`, and where the block lies there."""
+def locate_block(block_number, levels, BLOCK: tl.constexpr):
+    """The level of block `block_number`, and where the block lies there."""
     level = tl.cast(0, tl.int32)
     blocks_before = tl.cast(0, tl.int32)
     first_anchor = tl.cast(0, tl.int32)
@@ -151,13 +151,13 @@ def locate_block(number, levels, BLOCK: tl.constexpr):
         size = tl.cast(levels.cells[i - 1], tl.int32) * levels.per_cell[i - 1]
         num_blocks += tl.cdiv(size, BLOCK)
         num_anchors += size
-        beyond = number >= num_blocks
+        beyond = block_number >= num_blocks
         level = tl.where(beyond, i, level)
         blocks_before = tl.where(beyond, num_blocks, blocks_before)
         first_anchor = tl.where(beyond, num_anchors, first_anchor)
     num_cells = pick_int(levels.cells, level).to(tl.int32)
     per_cell = pick_int(levels.per_cell, level).to(tl.int32)
-    return LevelBlock(level, number - blocks_before, first_anchor, num_cells, per_cell)
+    return LevelBlock(level, block_number - blocks_before, first_anchor, num_cells, per_cell)
 
 
 @triton.jit
@@ -188,8 +188,8 @@ def span_of(anchor, block, width, HEAD: tl.constexpr):
 def tile_of_chunk(span, mask, chunk, HEAD: tl.constexpr):
     """For a tile of anchors and the classes of `chunk`: the classes, the offsets of the logits, which of them exist.
 
-    Neighbouring threads share out a tile's last axis, which therefore is that of neighbours in memory: the classes in
-    rows, the anchors in planes.
+    Neighbouring threads take neighbours on the last axis of a tile. The numbers that are neighbours in memory lie on
+    that axis: the classes in rows, the anchors in planes.
     """
     axis: tl.constexpr = 1 - HEAD.planes  # of the classes
     class_id = tl.expand_dims(chunk * HEAD.chunk + tl.arange(0, HEAD.chunk), 1 - axis)

@@ -13,6 +13,13 @@ from ssdcore.kernels.device.constant import Constant
 SCORE_TOP_BIT = Constant(29)  # int32 keys of scores: 1.0 is 0x3F800000
 FLOAT_TOP_BIT = Constant(30)  # int32 keys of any float: infinity is 0x7F800000
 NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)  # int64 keys: a score above a number that makes the key unique
+LAST_NUMBER = Constant(0x7FFFFFFF)  # no ground truth, anchor or candidate has this number
+
+
+@triton.jit
+def complement(number):
+    """The low word of a key, or the number in it: the lower the number, the larger the key."""
+    return tl.cast(LAST_NUMBER, number.dtype) - number
 
 
 @triton.jit
@@ -28,16 +35,17 @@ def limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.c
     index = tl.arange(0, BLOCK)
     first_keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
     zero = tl.cast(0, first_keys.dtype)
-    kth, bit, one = zero, tl.cast(TOP_BIT, first_keys.dtype), zero + 1
+    kth, bit, lowest_bit = zero, tl.cast(TOP_BIT, first_keys.dtype), zero + 1
     num_candidates = _count_above(first_keys, keys_ptr, num_keys, zero - 1, BLOCK)
     num_reaching = num_candidates
     while (num_reaching > k) & (bit >= 0):
-        raised = kth | (one << bit)
+        raised = kth | (lowest_bit << bit)
         count = _count_above(first_keys, keys_ptr, num_keys, raised - 1, BLOCK)
         kth = tl.where(count >= k, raised, kth)
         num_reaching = tl.where(count >= k, count, num_reaching)
         bit -= 1
-    # More than k keys still reach it if equal keys straddle the border. None of the equal keys exceeds the limit then.
+    # If equal keys straddle the border, more than k keys still reach `kth`. The limit is `kth` itself then, so that
+    # none of the equal keys exceeds it.
     straddled = num_reaching > k
     num_above = _count_above(first_keys, keys_ptr, num_keys, kth, BLOCK)
     return tl.where(straddled, kth, kth - 1), tl.where(straddled, num_above, num_reaching)

@@ -18,14 +18,15 @@ def match_anchors(
     """Assign to every anchor one of its image's ground truths, or none.
 
     First, an anchor matches the ground truth that it overlaps most, if their IoU is at least `iou_threshold` (compared
-    in float32). Equal IoUs go to the ground truth with the lowest index. Then every ground truth, in order, claims the
-    anchor that it overlaps most, whatever the threshold; equal IoUs go to the lowest anchor. Of several claims on one
-    anchor, the last one stands.
+    in float32; in float64 if an input is float64). Equal IoUs go to the ground truth with the lowest index. Then every
+    ground truth, in order, claims the anchor that it overlaps most, whatever the threshold; equal IoUs go to the lowest
+    anchor. Of several claims on one anchor, the last one stands.
 
     These are the rules of torchvision's `SSDMatcher`, with one difference: a ground truth that overlaps no anchor, has
     no area or holds a NaN claims no anchor. In torchvision it claims anchor 0.
 
-    The memory needed is that of the result; [T, A] is never stored. The result has no gradient.
+    On a GPU, [T, A] is never stored: the kernels take 8 bytes of scratch memory for each ground truth and 256 anchors,
+    and B is at most 65,535. The result has no gradient.
 
     Args:
         gt_boxes: [T, 4] xyxy, the ground truths of all images, one image after the other.
@@ -42,9 +43,9 @@ def match_anchors(
 
     Source: Liu et al., "SSD: Single Shot MultiBox Detector", section 2.2 (arXiv 1512.02325).
     """
-    check_tensor("anchors", anchors, ("A", 4), FLOATS)
-    check_tensor("gt_boxes", gt_boxes, ("T", 4), FLOATS, like=anchors)
-    check_tensor("gt_offsets", gt_offsets, ("B + 1",), OFFSETS, like=anchors)
+    check_tensor("gt_boxes", gt_boxes, ("T", 4), FLOATS)
+    check_tensor("gt_offsets", gt_offsets, ("B + 1",), OFFSETS, like=gt_boxes)
+    check_tensor("anchors", anchors, ("A", 4), FLOATS, like=gt_boxes)
     if gt_offsets.shape[0] == 0:
         raise ValueError("gt_offsets must have shape [B + 1], got [0]")
     if not 0 < iou_threshold <= 1:

@@ -21,20 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import columns, iou_or_zero, load_box, rows
-from ssdcore.kernels.device.constant import Constant
+from ssdcore.kernels.device.selection import LAST_NUMBER, complement
 from ssdcore.kernels.rules import EXACT
 
 BLOCK_ANCHORS = 256  # anchors per program: 35 programs per image at 8732 anchors, so that a few images fill a GPU
 MATCH_TRUTHS = 8  # ground truths compared at once: 16 pairs per thread at four warps
-CLAIM_TRUTHS = 32  # ground truths that claim at once,
-CLAIM_BLOCKS = 64  # and blocks of anchors reduced at once: 16 keys per thread
-LAST_INDEX = Constant(0x7FFFFFFF)  # no ground truth and no anchor has this index
-
-
-@triton.jit
-def _complement(index):
-    """The low word of a key, or the index in it: the lower the index, the larger the key."""
-    return tl.cast(LAST_INDEX, index.dtype) - index
+CLAIM_TRUTHS = 32  # ground truths that claim at once
+CLAIM_BLOCKS = 64  # blocks of anchors reduced at once: 16 keys per thread
 
 
 @triton.jit
@@ -70,14 +63,14 @@ def _match_kernel(
         overlap = iou_or_zero(rows(gt_box), columns(anchor_box))
         overlaps = overlap > 0
         high_word = overlap.to(tl.int32, bitcast=True).to(tl.int64) << 32
-        by_truth = tl.where(overlaps, high_word | _complement(gt_index)[:, None], 0)
+        by_truth = tl.where(overlaps, high_word | complement(gt_index)[:, None], 0)
         best = tl.maximum(best, tl.max(by_truth, axis=0))
-        by_anchor = tl.where(overlaps, high_word | _complement(anchor)[None, :], 0)
+        by_anchor = tl.where(overlaps, high_word | complement(anchor)[None, :], 0)
         claim_offset = (first + gt_index) * tl.num_programs(0) + block
         tl.store(claims_ptr + claim_offset, tl.max(by_anchor, axis=1), mask=gt_index < num_truths)
     best_iou = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     # `best > 0`, because a threshold may round to 0, which every pair would reach.
-    matched = tl.where((best > 0) & (best_iou >= iou_threshold), _complement(best & LAST_INDEX), -1)
+    matched = tl.where((best > 0) & (best_iou >= iou_threshold), complement(best & LAST_NUMBER), -1)
     tl.store(matched_ptr + image.to(tl.int64) * num_anchors + anchor, matched, mask=exists)
 
 
@@ -101,13 +94,13 @@ def _claim_kernel(
             offset = (first + gt_index)[:, None] * num_blocks + block[None, :]
             mask = (gt_index < num_truths)[:, None] & (block < num_blocks)[None, :]
             claim = tl.maximum(claim, tl.max(tl.load(claims_ptr + offset, mask=mask, other=0), axis=1))
-        # Without a claim this is LAST_INDEX itself, which is no anchor.
-        anchor = _complement(claim & LAST_INDEX).to(tl.int32)
-        # The last of several claims on one anchor stands. Of the claims at hand, only the last one is stored.
+        # Without a claim this is LAST_NUMBER itself, which is no anchor.
+        anchor = complement(claim & LAST_NUMBER).to(tl.int32)
+        # The last of several claims on one anchor wins. Of the claims of this step, only the winning one is stored.
         claimed_later = (anchor[:, None] == anchor[None, :]) & (gt_index[:, None] < gt_index[None, :])
-        stands = (claim > 0) & (tl.max(claimed_later.to(tl.int32), axis=1) == 0)
-        tl.store(matched_ptr + image * num_anchors + anchor, gt_index.to(tl.int64), mask=stands)
-        # The next claims are stored after these, which other threads may have to store.
+        wins = (claim > 0) & (tl.max(claimed_later.to(tl.int32), axis=1) == 0)
+        tl.store(matched_ptr + image * num_anchors + anchor, gt_index.to(tl.int64), mask=wins)
+        # Later claims override these, so all threads must have stored these first.
         tl.debug_barrier()
 
 

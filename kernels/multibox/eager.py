@@ -52,9 +52,10 @@ def multibox_loss(
 
     lse, hardness = _background_loss(cls_logits, num_anchors)
     lse += hardness
-    has_nan = torch.zeros(batch, dtype=torch.bool, device=lse.device)  # the image has a NaN or an infinite logit
+    has_nan = torch.zeros(batch, dtype=torch.bool, device=lse.device)  # the image has a NaN or +inf logit
     if not lse.sum().isfinite():
-        # A background of -inf says nothing of the other classes, and an infinite logit has no cross-entropy.
+        # Where the background is -inf, its logit does not give the log-sum-exp. A row with a +inf logit has no
+        # cross-entropy.
         not_finite = (~lse.isfinite()).nonzero(as_tuple=True)
         row_lse = gather_rows(cls_logits, *not_finite).logsumexp(dim=-1)
         lse[not_finite] = row_lse.masked_fill(row_lse == math.inf, math.nan)

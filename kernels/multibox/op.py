@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd
 
-from ssdcore.kernels.boxes.op import BOX_WEIGHTS
 from ssdcore.kernels.checks import (
     FLOATS,
     INTEGERS,
@@ -20,8 +19,8 @@ from ssdcore.kernels.checks import (
 )
 from ssdcore.kernels.levels import empty_gradients, view_as_levels
 from ssdcore.kernels.multibox import eager
-from ssdcore.kernels.registry import LIBRARY, define
-from ssdcore.kernels.rules import computed_dtype
+from ssdcore.kernels.registry import LIBRARY, define, forbid_second_gradient
+from ssdcore.kernels.rules import BOX_WEIGHTS, computed_dtype
 
 NEG_POS_RATIO = 3.0  # negatives mined per positive; SSD paper, section 2.2
 
@@ -65,7 +64,7 @@ def multibox_loss(
     ground truths. Memory outside the tensors is never read.
 
     Differentiable once in `cls_logits` and `box_deltas`. Ground truth or anchors that require a gradient are an error
-    while gradients are recorded.
+    while gradients are recorded. On a GPU, B is at most 65,535.
 
     Args:
         cls_logits: [B, A, C], or the head's maps: a sequence of [B, a * C, H, W] in the order of the anchors, with
@@ -86,7 +85,7 @@ def multibox_loss(
         `MultiBoxLoss(classification, bbox_regression)`: float32 scalars, float64 if the logits are.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype.
+        TypeError: an argument is not a tensor, has another dtype, or a count is not an int.
         ValueError: a shape, device or setting does not fit, or the ground truth or the anchors require a gradient.
 
     Source: Liu et al., "SSD: Single Shot MultiBox Detector", section 2.2 (arXiv 1512.02325).
@@ -183,3 +182,4 @@ multibox_loss_backward_op = define(
     fake=_fake_multibox_loss_backward,
 )
 register_autograd("ssdcore::multibox_loss", _loss_gradient, setup_context=_save_for_loss_gradient, lib=LIBRARY)
+forbid_second_gradient("multibox_loss", multibox_loss_backward_op)

@@ -9,10 +9,10 @@ Forward, three launches:
    registers. It marks these negatives as selected and adds up the image's losses.
 3. Reduction. One program adds up the losses of the batch and computes the factor of each image's gradient.
 
-Backward, one launch. It writes both gradients once. Of the logits it reads the selected rows only: with
-seven objects per image about one in eighty. In rows, a program fills its stretch of the gradient with zeros, 16 bytes
-per store, and then overwrites the selected rows. In planes, the numbers of an anchor lie far apart, and the program
-writes whole tiles of zeros and gradients.
+Backward, one launch. It writes both gradients once. Of the logits it reads the selected rows only: with seven objects
+per image about one in eighty. In rows, a program fills its stretch of the gradient with zeros, 16 bytes per store, and
+then overwrites the selected rows. In planes, the numbers of an anchor lie far apart, and the program writes whole tiles
+of zeros and gradients.
 
 Bytes that must move: the logits in, the gradients out. At B = 128, C = 81 and bf16 these are 181 + 190 MB, 86 us at
 4.3 TB/s. Scratch memory: 9 bytes per anchor (log-sum-exp, key, selected). All sums run in a fixed order, so that every
@@ -140,8 +140,8 @@ def _row_loss_kernel(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number, image = tl.program_id(0), tl.program_id(1)
-    block = locate_block(number, levels, BLOCK)
+    block_number, image = tl.program_id(0), tl.program_id(1)
+    block = locate_block(block_number, levels, BLOCK)
     anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
     anchor = block.first_anchor + anchor_in_level
     row = image.to(tl.int64) * num_anchors + anchor
@@ -172,7 +172,7 @@ def _row_loss_kernel(
         box_loss = box_loss + _smooth_l1(deltas.w - target.w, beta)
         box_loss = box_loss + _smooth_l1(deltas.h - target.h, beta)
 
-    sum_index = image * tl.num_programs(0) + number
+    sum_index = image * tl.num_programs(0) + block_number
     tl.store(block_positives_ptr + sum_index, tl.sum(assigned.positive.to(tl.int32)))
     tl.store(block_losses_ptr + sum_index, tl.sum(tl.where(assigned.positive, cross_entropy, 0.0)))
     box_losses_ptr = block_losses_ptr + tl.num_programs(1) * tl.num_programs(0)
@@ -344,8 +344,8 @@ def _store_zeros_in_planes(
 # The gradients. Let p = exp(logit - lse) be the softmax of a selected anchor's row, y its label (0 for a mined
 # negative), s the scale of its image, and d the difference of a positive's delta from its target:
 #
-#     dL / dlogit_c = g_classification  * s * (p_c - [c = y])                 0 for anchors that are not selected
-#     dL / ddelta   = g_bbox_regression * s * (d / beta if |d| < beta, else sign(d))        0 for other than positives
+#     dL / dlogit_c = g_classification  * s * (p_c - [c = y])                            0 for unselected anchors
+#     dL / ddelta   = g_bbox_regression * s * (d / beta if |d| < beta, else sign(d))     0 for anchors not positive
 @triton.jit
 def _backward_kernel(
     grad_classification_ptr,  # scalar
@@ -363,8 +363,8 @@ def _backward_kernel(
     STEP: tl.constexpr,
     ZEROS_AT_ONCE: tl.constexpr,
 ):
-    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    block = locate_block(number, levels, BLOCK)
+    block_number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = locate_block(block_number, levels, BLOCK)
     anchors_of_level = (block.num_cells * block.per_cell).to(tl.int64)
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
     deltas_ptr = ptr_of_image(levels.deltas, levels.deltas_strides, block, image)

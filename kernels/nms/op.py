@@ -1,5 +1,6 @@
 """Greedy non-maximum suppression: the public functions and their ops."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     is the real number that was written, as in torchvision on the CPU (on CUDA, torchvision rounds it to float32 first).
     Equal scores keep the lower index. NaN scores come first, as in `torch.sort`. Boxes with NaN or infinite sides or
     without area neither suppress nor are suppressed.
+
+    On a GPU, the host waits for the result, because its length depends on the values. `batched_nms_padded` does not
+    wait.
 
     Args:
         boxes: [N, 4] xyxy, in any frame.
@@ -42,6 +46,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     The result is exact for all coordinates, also negative and huge ones, as long as areas are finite in float32.
     (torchvision separates the classes by adding `idx * (largest coordinate + 1)` to the coordinates. That fails for
     negative coordinates and rounds large ones.)
+
+    On a GPU, the host waits for the result, because its length depends on the values. `batched_nms_padded` does not
+    wait.
 
     Args:
         boxes: [N, 4] xyxy, in any frame.
@@ -81,13 +88,14 @@ def batched_nms_padded(
         idxs: integers [B, N], the class of each box; None if all boxes are of one class.
         iou_threshold: 0 or more.
         max_output: D, the largest number of boxes to return per image.
-        score_threshold: drop boxes whose score is not greater (compared in float32), and NaN scores; None drops none.
+        score_threshold: drop boxes whose score is not greater (compared in float32; float64 scores in float64), and NaN
+            scores; None drops none.
 
     Returns:
         int64 [B, D]: indices into the image's N boxes by descending score, padded with -1; and int32 [B]: their number.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype.
+        TypeError: an argument is not a tensor, has another dtype, or `max_output` is not an int.
         ValueError: a shape, device, threshold or count does not fit.
     """
     check_tensor("boxes", boxes, ("B", "N", 4), FLOATS)
@@ -98,6 +106,8 @@ def batched_nms_padded(
     check_count("max_output", max_output, 0)
     if score_threshold is not None:
         score_threshold = float(score_threshold)
+        if math.isnan(score_threshold):
+            raise ValueError("score_threshold must be a number or None, got nan")
     return batched_nms_padded_op(
         boxes.detach(), scores.detach(), idxs, float(iou_threshold), max_output, score_threshold
     )

@@ -1,7 +1,7 @@
 """Kernels of greedy NMS for a batch of images, aware of classes.
 
-Boxes are sorted by class, then by descending score. The rows of one class form a chain: whether a row is kept depends
-on the rows before it in the chain. After the sort there are two launches and a fill:
+Boxes are sorted by class, then by descending score. The blocks that hold the rows of one class form a chain: whether a
+row is kept depends on the rows before it. After the sort there are two launches and a fill:
 
 1. Settle. A program owns a block of 128 consecutive rows and decides which of them are kept. It waits for earlier
    blocks of its chain; the picture below shows for which.
@@ -18,19 +18,21 @@ What a block waits for, in an image with classes a, b and c:
 
 A block publishes two things: the bits of the rows that it kept, as soon as it knows them, and then the list of the
 boxes that it kept of its last class. The bits are for the next block. That block has compared its rows with all rows of
-this one in advance, so that it needs nothing but the bits. The lists are for all later blocks of the chain, which
+this one in advance, so that it needs nothing but the bits. The lists are for the blocks after the next one, which
 compare their rows with the listed boxes before they wait for bits. No two classes are compared, and a block into which
-no chain comes (block 0, or a block that begins with a new class) waits for nobody.
+no chain comes waits for nobody: block 0, a block that begins with a new class, or a block whose first row is no
+candidate.
 
 Among the rows of a block, "kept if and only if no better kept row suppresses it" has exactly one solution, which is
 that of greedy NMS. A program iterates to it.
 
-Along a chain, each block waits for the one before it, from bits to bits: an atomic read, an AND, a few rounds of the
-iteration of about 60 instructions and two exchanges through shared memory, and an atomic write. This is expected to
-take 1 to 1.5 us, and N / 128 times as long for a chain of N boxes. All other comparisons happen meanwhile.
+The time from one block's bits to the next block's bits is that of an atomic read, an AND, a few rounds of the iteration
+(each about 60 instructions and two exchanges through shared memory) and an atomic write. It is expected to be 1 to
+1.5 us. A chain of N boxes takes N / 128 times as long. All other comparisons happen meanwhile.
 
-Every row is read twice. A kept box is read by the later blocks of its chain, from the cache. Scratch memory beside that
-of the sort: 34 bytes per box (a sorted copy of the box, the list of kept boxes, the bits, the count).
+A row is read by its block and by the next block of its chain. A kept box is read by the later blocks of the chain, from
+the cache. Scratch memory beside that of the sort: 34 bytes per box (a sorted copy of the box, the list of kept boxes,
+the kept flag, the bits and counts).
 """
 
 from typing import NamedTuple
@@ -61,7 +63,7 @@ class SortedBoxes(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Pointers to what the blocks of a chain tell each other."""
+    """Pointers to what blocks publish, and to the ticket."""
 
     ticket_ptr: Tensor  # int64 [1], zero at first
     words_ptr: Tensor  # int64 [B, blocks, words], zero at first: bits of the rows that a block kept, and PUBLISHED
@@ -136,10 +138,10 @@ def _find_better_suppressors(
     """Which better rows of the block overlap each of its rows: int32 [BLOCK / 32, BLOCK], a column per row."""
     suppressors = _find_suppressors(sorted_boxes, block, block.begin, num_boxes, iou_threshold, BY_CLASS, BLOCK)
     word = tl.arange(0, BLOCK // WORD_BITS)
-    # Of each word, the bits of the rows before the row at hand: none of a later word, all of an earlier one.
+    # Keep the bits of better rows: all bits of an earlier word, none of a later word.
     num_better = (block.row - block.begin)[None, :] - word[:, None] * WORD_BITS
-    some_bits = (1 << tl.minimum(tl.maximum(num_better, 0), WORD_BITS - 1)) - 1
-    return suppressors & tl.where(num_better < WORD_BITS, some_bits, -1)
+    lower_bits = (1 << tl.minimum(tl.maximum(num_better, 0), WORD_BITS - 1)) - 1
+    return suppressors & tl.where(num_better < WORD_BITS, lower_bits, -1)
 
 
 @triton.jit
@@ -158,8 +160,8 @@ def _first_row_of_class(classes_ptr, class_id, row):
 @triton.jit
 def _wait_for_count(counts_ptr):
     """Wait until a block has published its list, and return its length."""
-    # Acquire: the list, which was stored before the count, is seen after it. An atomic, which one thread executes and
-    # shares: with a load of its own, each thread could leave the loop at another time.
+    # Acquire: the list was stored before the count, and is seen after it. An atomic, because one thread executes it and
+    # shares the value. With plain loads, threads could leave the loop at different times.
     count = tl.atomic_add(counts_ptr, 0, sem="acquire")
     while count == 0:
         count = tl.atomic_add(counts_ptr, 0, sem="acquire")
@@ -169,7 +171,7 @@ def _wait_for_count(counts_ptr):
 @triton.jit
 def _wait_for_words(words_ptr):
     """Wait until a block has published its bits, and return them."""
-    # Relaxed: nothing is read but the words. An atomic, because one thread must decide for all, as above.
+    # Relaxed: nothing but the words is read. An atomic, for the reason given in `_wait_for_count`.
     words = tl.atomic_add(words_ptr, tl.zeros(words_ptr.shape, tl.int64), sem="relaxed")
     while tl.min(words) == 0:
         words = tl.atomic_add(words_ptr, tl.zeros(words_ptr.shape, tl.int64), sem="relaxed")
@@ -199,7 +201,7 @@ def _follow_chain(
     by_previous = _find_suppressors(sorted_boxes, block, block.begin - BLOCK, num_boxes, iou_threshold, BY_CLASS, BLOCK)
     suppressed = tl.zeros([BLOCK], tl.int32)
     num_kept = 0
-    earlier = 0  # the block at hand; at first that in which the chain begins
+    earlier = 0  # the block whose list is read next; at first the block in which the chain begins
     if BY_CLASS:
         earlier = _first_row_of_class(sorted_boxes.classes_ptr, first_class, block.begin) // BLOCK
     # A chain that has kept all that can be returned needs no more comparisons.
@@ -235,9 +237,9 @@ def _settle(alive, suppressors, BLOCK: tl.constexpr):
 
 @triton.jit
 def _publish_words(words_ptr, kept, BLOCK: tl.constexpr):
-    """Tell the next block of the chain which rows are kept."""
+    """Publish which rows are kept, for the next block of the chain."""
     word = tl.arange(0, BLOCK // WORD_BITS)
-    # Relaxed: nothing is read but the words. An atomic, so that no cache holds them back. They are added to zero,
+    # Relaxed: nothing but the words is read. An atomic, so that no cache holds them back. They are added to zero,
     # because AMD's backend of Triton 3.6 cannot exchange a tensor.
     published = _pack(kept, BLOCK).to(tl.uint32, bitcast=True).to(tl.int64) | PUBLISHED
     tl.atomic_add(words_ptr + word, published, sem="relaxed")
@@ -245,7 +247,7 @@ def _publish_words(words_ptr, kept, BLOCK: tl.constexpr):
 
 @triton.jit
 def _publish_list(list_ptr, counts_ptr, block, listed):
-    """Tell all later blocks of the chain which boxes are kept."""
+    """Publish the boxes that are kept, for later blocks of the chain."""
     count = tl.sum(listed)
     slot = tl.cumsum(listed, 0) - listed
     store_box(list_ptr, slot, block.box, listed != 0)
@@ -255,8 +257,8 @@ def _publish_list(list_ptr, counts_ptr, block, listed):
     tl.atomic_xchg(counts_ptr, count.to(tl.int64) + 1, sem="release")
 
 
-# `num_boxes` and `max_output` differ from call to call. Specialised, Triton would compile another kernel for an
-# argument of 1, or one divisible by 16.
+# `num_boxes` and `max_output` differ from call to call. If they were specialised, Triton would compile other kernels
+# for the value 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["num_boxes", "max_output"])
 def _settle_kernel(
     sorted_boxes,  # SortedBoxes
@@ -273,7 +275,7 @@ def _settle_kernel(
     LISTED_AT_ONCE: tl.constexpr,
 ):
     # A ticket and not program_id says which block a program owns. A block waits for earlier tickets only, whose
-    # programs are running already. Relaxed: the number is all there is to it.
+    # programs are running already. Relaxed: the programs share nothing else through the ticket.
     ticket = tl.atomic_add(chain.ticket_ptr, 1, sem="relaxed")
     image = ticket % batch  # int64, and so is every offset that it makes
     index = (ticket // batch).to(tl.int32)
@@ -288,7 +290,7 @@ def _settle_kernel(
     class_id = row
     first_class = 0
     of_first_class = exists
-    # Does a chain come in? (Triton makes a constant of a single block, and then leaves out all the waiting.)
+    # Whether a chain comes in. If `num_blocks` is 1, Triton compiles it as a constant and leaves out all the waiting.
     chain_comes_in = (index > 0) & (num_blocks > 1)
     if BY_CLASS:
         class_id = tl.load(sorted_boxes.classes_ptr + row, mask=exists, other=0)
@@ -302,7 +304,7 @@ def _settle_kernel(
             rank = tl.load(sorted_boxes.ranks_ptr + row, mask=exists, other=0)
             first_rank = tl.load(sorted_boxes.ranks_ptr + begin)
         alive &= tl.load(sorted_boxes.scores_ptr + rank, mask=exists, other=-float("inf")) > -float("inf")
-        # The best row of a class comes first. If the block's first row is no candidate, no row of that class is.
+        # Rows of a class are sorted by score. If the block's first row is no candidate, no later row of its class is.
         chain_comes_in &= tl.load(sorted_boxes.scores_ptr + first_rank) > -float("inf")
     block = Block(index, begin, row, exists, box, class_id)
     suppressors = _find_better_suppressors(sorted_boxes, block, num_boxes, iou_threshold, BY_CLASS, BLOCK)

@@ -48,9 +48,9 @@ def postprocess_detections(
     # above some cutoff are kept, no candidate below it matters.
     cutoff_anchors = FIRST_CUTOFF_ANCHORS * max_detections
     while True:
-        no_cutoff = cutoff_anchors >= num_anchors
-        if no_cutoff:
-            cutoff = scores.nan_to_num_(0.0).topk(topk, dim=1).values[:, -1]  # [B, C - 1]: the k-th of each class
+        takes_all_anchors = cutoff_anchors >= num_anchors
+        if takes_all_anchors:
+            cutoff = scores.nan_to_num_(0.0).topk(topk, dim=1).values[:, -1]  # [B, C - 1]: k-th best of each class
         else:
             cutoff = best_score.topk(cutoff_anchors, dim=1).values[:, -1:]  # [B, 1]
         candidates = _candidates_above(cutoff, scores, best_score, score_threshold, topk)
@@ -58,7 +58,7 @@ def postprocess_detections(
         group = candidates.image * (num_classes - 1) + candidates.class_index
         keep = greedy_keep(boxes, group, iou_threshold)
         num_kept = candidates.image[keep].bincount(minlength=batch)
-        if no_cutoff or ((num_kept >= max_detections) | (cutoff[:, 0] <= score_threshold)).all():
+        if takes_all_anchors or ((num_kept >= max_detections) | (cutoff[:, 0] <= score_threshold)).all():
             break
         cutoff_anchors *= CUTOFF_GROWTH
     kept = Candidates(*(x[keep] for x in candidates))

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssdcore.kernels.boxes.op import BOX_WEIGHTS
 from ssdcore.kernels.checks import FLOATS, INTEGERS, check_at_least, check_count, check_tensor, check_weights
 from ssdcore.kernels.levels import view_as_levels
 from ssdcore.kernels.postprocess import eager
 from ssdcore.kernels.registry import define
+from ssdcore.kernels.rules import BOX_WEIGHTS
 
 
 class Detections(NamedTuple):
@@ -45,7 +45,7 @@ def postprocess_detections(
     4. `nms` within each class.
     5. The `max_detections` best of the image. Equal scores are ordered by class, then by anchor.
 
-    The detections are constants: they carry no gradient.
+    The detections are constants: they carry no gradient. On a GPU, B is at most 65,535.
 
     Args:
         cls_logits: [B, A, C], or the head's maps: a sequence of [B, a * C, H, W] in the order of the anchors, with
@@ -56,14 +56,14 @@ def postprocess_detections(
         weights: factors of the encoded dx, dy, dw and dh.
         score_threshold: 0 or more.
         iou_threshold: 0 or more.
-        topk_candidates: the most candidates of a class that take part in NMS.
-        max_detections: D, the most detections of an image.
+        topk_candidates: the most candidates of a class that take part in NMS; 1 or more.
+        max_detections: D, the most detections of an image; 1 or more.
 
     Returns:
         `Detections` of fixed shapes, float32, best first, padded with zeros and label -1.
 
     Raises:
-        TypeError: an argument is not a tensor, or has another dtype.
+        TypeError: an argument is not a tensor, has another dtype, or a count is not an int.
         ValueError: a shape, device or setting does not fit.
     """
     logits, deltas, batch, num_anchors = view_as_levels(cls_logits, box_deltas)

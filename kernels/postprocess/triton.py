@@ -8,19 +8,20 @@ then need never be looked at. Four launches, whatever the number of images and c
 1. Rows. A program takes a block of anchors of one image. For each anchor it stores what the softmax needs (the largest
    logit and the sum of the powers) and its best foreground score as an integer key. It reads the logits once.
 2. Gathering. It decodes and clips the boxes of all anchors that have a candidate. The cutoff of an image is a score
-   that fewer than CUTOFF_ANCHORS anchors per wanted detection exceed. Every program finds it for itself, because that
-   is faster than another launch. Then the logits of the anchors above the cutoff are read once more, and their
-   candidates are appended to lists, one per class. The order in which programs run changes the order of a list, but no
-   result, because keys are distinct and only their order counts.
+   that at most `capacity` anchors exceed: CUTOFF_ANCHORS per wanted detection, or K + REST_ANCHORS if that is more.
+   Every program finds it for itself, because that is faster than another launch. Then the logits of the anchors above
+   the cutoff are read once more, and their candidates are appended to lists, one per class. The order in which programs
+   run changes the order of a list, but no result, because keys are distinct and only their order counts.
 3. Classes. A program takes one class of one image. It finds the k best of the class's list, sorts them by counting, and
    runs NMS over them, 32 at a time, each compared with the kept ones before it. It appends what is kept to the image's
    list. The last program of an image to finish selects the best of that list, sorts them by counting and writes the
-   output with its padding.
-4. The rest. If fewer detections are kept than wanted, and candidates lie below the cutoff, the image is settled again
-   without a cutoff. That is exact, and hardly ever necessary. Otherwise these programs have nothing to do.
+   output with its padding, unless the image needs step 4.
+4. The rest. If fewer detections are kept than wanted, candidates lie below the cutoff, and a class has fewer than k
+   candidates above it, the image is settled again without a cutoff. That is exact, and hardly ever necessary.
+   Otherwise these programs have nothing to do.
 
-No list can overflow: fewer anchors lie above the cutoff than a list has slots, and without a cutoff a full list is
-reduced to its k best.
+No list can overflow: at most as many anchors lie above the cutoff as a list has slots, and without a cutoff a full list
+is reduced to its k best.
 
 What waits for what, in one image:   row programs -> gather programs -> class programs -> the last of them -> the rest
                                               (launch)          (launch)    (a counter)           (launch)
@@ -57,8 +58,10 @@ from ssdcore.kernels.device.head import (
     without_deltas,
 )
 from ssdcore.kernels.device.selection import (
+    LAST_NUMBER,
     NUMBERED_SCORE_TOP_BIT,
     SCORE_TOP_BIT,
+    complement,
     keep_k_largest,
     limit_of_k_largest,
     rank_descending,
@@ -73,7 +76,6 @@ SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at
 CANDIDATES_AT_ONCE = 32  # candidates compared at once: with 32 others, 8 pairs per thread
 REST_ANCHORS = 256  # anchors read at once where an image is settled again: two per thread
 WORD_BITS = Constant(32)  # candidates that a word of bits speaks for
-LAST_NUMBER = Constant(0x7FFFFFFF)  # no candidate has this number
 
 
 class AnchorScores(NamedTuple):
@@ -135,22 +137,16 @@ class ClassProblem(NamedTuple):
 
 
 @triton.jit
-def _complement(number):
-    """The low word of a key, or the number in it: the lower the number, the larger the key."""
-    return tl.cast(LAST_NUMBER, tl.int32) - number
-
-
-@triton.jit
 def _key_of(score, class_index, anchor, num_anchors):
     """A key that orders candidates by score, equal scores by class and then by anchor; no two are equal."""
     number = class_index * num_anchors + anchor
-    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | _complement(number).to(tl.int64)
+    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | complement(number).to(tl.int64)
 
 
 @triton.jit
 def _number_of(key):
     """The number of a candidate: class_index * A + anchor."""
-    return _complement(key.to(tl.int32))  # the cast keeps the low word
+    return complement(key.to(tl.int32))  # the cast keeps the low word
 
 
 @triton.jit
@@ -181,11 +177,11 @@ def _row_kernel(
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if number == 0:
+    block_number, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if block_number == 0:
         _zero_counters(counters, image, HEAD)
 
-    block = locate_block(number, levels, BLOCK)
+    block = locate_block(block_number, levels, BLOCK)
     anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
     span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
@@ -207,10 +203,10 @@ def _row_kernel(
 
 
 @triton.jit
-def _clip(x, limit):
-    """`x` clipped to 0..limit; NaN stays NaN."""
+def _clip(x, side):
+    """`x` clipped to 0..side; NaN stays NaN."""
     x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, side, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -259,8 +255,8 @@ def _gather_kernel(
     tl.store(cutoff_ptr + image, cutoff)  # every program stores the same value
     height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
     width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
-    for number in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        block = locate_block(number, levels, BLOCK)
+    for block_number in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        block = locate_block(block_number, levels, BLOCK)
         anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
         anchor = block.first_anchor + anchor_in_level
         row = image * num_anchors + anchor
@@ -290,13 +286,13 @@ def _gather_kernel(
 @triton.jit
 def _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes):
     """The problem of one class of one image."""
-    number = image * num_foreground + class_index
+    problem_index = image * num_foreground + class_index
     return ClassProblem(
         class_index,
-        scratch.candidates_ptr + number * sizes.capacity,
-        scratch.sorted_keys_ptr + number * sizes.topk,
-        scratch.sorted_boxes_ptr + number * sizes.topk * 4,
-        scratch.kept_words_ptr + number * sizes.words,
+        scratch.candidates_ptr + problem_index * sizes.capacity,
+        scratch.sorted_keys_ptr + problem_index * sizes.topk,
+        scratch.sorted_boxes_ptr + problem_index * sizes.topk * 4,
+        scratch.kept_words_ptr + problem_index * sizes.words,
         boxes_ptr + image * sizes.anchors * 4,
         scratch.kept_keys_ptr + image * num_foreground * sizes.topk,
         counters.kept_ptr + image,
@@ -310,7 +306,7 @@ def _sort_candidates(problem, count, num_anchors, AT_ONCE: tl.constexpr):
         index = start + tl.arange(0, AT_ONCE)
         mask = index < count
         keys = tl.load(problem.candidates_ptr + index, mask=mask, other=-1)
-        rank = rank_descending(problem.candidates_ptr, keys, count, WORD_BITS)
+        rank = rank_descending(problem.candidates_ptr, keys, count, AT_ONCE)
         anchor = _number_of(keys) - problem.class_index * num_anchors
         store_box(problem.sorted_boxes_ptr, rank, load_box(problem.boxes_ptr, anchor, mask), mask)
         tl.store(problem.sorted_keys_ptr + rank, keys, mask=mask)
@@ -406,7 +402,7 @@ def _store_detections(
         index = start + tl.arange(0, AT_ONCE)
         is_detection = index < count
         keys = tl.load(kept_keys_ptr + index, mask=is_detection, other=-1)
-        rank = tl.where(is_detection, rank_descending(kept_keys_ptr, keys, count, WORD_BITS), index)
+        rank = tl.where(is_detection, rank_descending(kept_keys_ptr, keys, count, AT_ONCE), index)
         number = _number_of(keys)
         class_index = number // sizes.anchors
         box = load_box(boxes_ptr, number - class_index * sizes.anchors, is_detection)
@@ -468,8 +464,8 @@ def _list_all_candidates(
 ):  # fmt: skip
     """List the candidates of one class without a cutoff, the k best of them at least; returns their number."""
     listed = 0
-    for number in range(num_blocks):
-        block = locate_block(number, levels, ANCHORS)
+    for block_number in range(num_blocks):
+        block = locate_block(block_number, levels, ANCHORS)
         anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, ANCHORS)
         anchor = block.first_anchor + anchor_in_level
         row = image * sizes.anchors + anchor
@@ -502,7 +498,7 @@ def _rest_kernel(
     anchor_scores,  # AnchorScores
     boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes
     scratch,  # Scratch
-    counters,  # Counters: `kept` and `done` are zero at first
+    counters,  # Counters: `kept_ptr` and `done_ptr` hold 0 for unsettled images
     output,  # Output
     num_blocks,
     sizes,  # Sizes
