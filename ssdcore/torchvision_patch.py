@@ -1,4 +1,4 @@
-"""Run torchvision's own SSD models on the operators of `ssdcore.kernels`: `accelerate(model)`."""
+"""Run torchvision's own SSD models on the ops of `ssdcore.kernels`: `accelerate(model)`."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ssdcore.objects import DetectedObjects, Target
 
 
 def accelerate(model: SSD) -> SSD:
-    """Replace the loss and the postprocess of a torchvision SSD with operators that process the whole batch at once.
+    """Replace the loss and the postprocess of a torchvision SSD with ops that process the whole batch at once.
 
     Weights, calls, targets and results stay the same, except for the differences that the README lists. This works for
     every SSD of `torchvision.models.detection`: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or an SSD that you built

@@ -812,7 +812,7 @@ def test_a_gpu_call_that_sleeps_three_times_as_long_takes_three_times_as_long() 
 
 
 @on_gpu
-def test_a_wait_inside_an_operator_is_counted() -> None:
+def test_a_wait_inside_an_op_is_counted() -> None:
     boxes, scores = inputs.nms_boxes("uniform", 1000, "cuda")
     torchvision.ops.nms(boxes, scores, 0.5)
     counts = counting.count(lambda: torchvision.ops.nms(boxes, scores, 0.5), "cuda")
