@@ -135,7 +135,7 @@ def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _dataset() -> tuple[DetectionDataset, tempfile.TemporaryDirectory[str]]:
-    """Return a drawn data set, and the folder that holds it, which is removed when the process ends."""
+    """Return a drawn dataset, and the folder that holds it, which is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="ssdcore-perf-")
     root = make_synthetic(f"{folder.name}/shapes", train=IMAGES_ON_DISK, val=0, progress=False)
     dataset = open_dataset(root, "train")
