@@ -18,11 +18,11 @@ import torchvision
 
 from ssdcore import kernels
 from ssdperf import (
-    baseline,
     benchmark,
     charts,
     comparison,
     counting,
+    eager,
     environment,
     inputs,
     measurement,
@@ -125,7 +125,7 @@ def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock:
             {
                 "ssdcore": slowed,
                 "twin": lambda: kernels.nms(boxes, scores, 0.5),
-                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )
@@ -200,7 +200,7 @@ def test_a_wrong_result_is_not_timed(wrong: Callable[[torch.Tensor], torch.Tenso
         Workload(
             {
                 "ssdcore": lambda: wrong(kernels.nms(boxes, scores, 0.5)),
-                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.cases.postprocess import SETTINGS
 from ssdperf.differences import NEAR_TIE, ROUNDING, same_detections, tensors, within
 from ssdperf.registry import REGISTRY, Shape, Workload, grid
@@ -97,7 +97,7 @@ def decode_gradient(device: str, dtype: torch.dtype, B: int, A: int) -> Workload
 
     def by_eager() -> torch.Tensor:
         with torch.no_grad():
-            return baseline.decode_boxes_backward(cotangent, deltas, anchors, BOX_WEIGHTS)
+            return eager.decode_boxes_backward(cotangent, deltas, anchors, BOX_WEIGHTS)
 
     return Workload(
         {
@@ -119,7 +119,7 @@ def crowded_postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int)
     return Workload(
         {
             "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
-            "eager": lambda: baseline.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
+            "eager": lambda: eager.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
         },
         difference=same_detections,
     )
