@@ -20,7 +20,7 @@ SMALL_MAPS = 40  # anchors of SSD300's last two levels
 CPU_LIMIT_S = 300.0  # for a subject in the interpreter, whose speed depends on what else the machine does
 
 
-class Problem(NamedTuple):
+class CheckProblem(NamedTuple):
     case: str
     shape: Shape
 
@@ -34,10 +34,10 @@ class Subject(NamedTuple):
 
     name: str
     limit_s: float  # on a GPU: several times what the problems are expected to take, compiling the kernels included
-    full: Sequence[Problem]
-    small: Sequence[Problem]  # a program takes the interpreter milliseconds
+    full: Sequence[CheckProblem]
+    small: Sequence[CheckProblem]  # a program takes the interpreter milliseconds
 
-    def problems(self, device: str) -> Sequence[Problem]:
+    def problems(self, device: str) -> Sequence[CheckProblem]:
         return self.small if device == "cpu" else self.full
 
     def limit_on(self, device: str) -> float:
@@ -134,8 +134,8 @@ BUILDERS: dict[str, Callable[..., Workload]] = {
 # --- the subjects, the kernels that may hang first --------------------------------------------------------
 
 
-def problems(case: str, *shapes: Shape, dtypes: Sequence[str] = ("float32",)) -> list[Problem]:
-    return [Problem(case, shape | {"dtype": dtype}) for shape in shapes for dtype in dtypes]
+def problems(case: str, *shapes: Shape, dtypes: Sequence[str] = ("float32",)) -> list[CheckProblem]:
+    return [CheckProblem(case, shape | {"dtype": dtype}) for shape in shapes for dtype in dtypes]
 
 
 def ssd(**sizes: Any) -> Shape:
