@@ -458,6 +458,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, messag
         results.load(file)
 
 
+def test_a_folder_is_not_a_file_of_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        results.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [

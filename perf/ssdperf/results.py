@@ -95,6 +95,8 @@ def load(path: Path) -> Results:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA or "rows" not in content:
