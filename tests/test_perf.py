@@ -571,6 +571,40 @@ def test_progress_begins_anew_for_other_code(tmp_path: Path) -> None:
     assert Progress(tmp_path / "x.jsonl", {"code": "b"}).names(PASSED) == []
 
 
+def test_a_line_that_was_cut_off_is_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    Progress(file, {"code": "a"}).record("one", PASSED)
+    with file.open("a") as whole:
+        whole.write('{"name": "two", "sta')
+    again = Progress(file, {"code": "a"})
+    assert again.names(PASSED) == ["one"] and not again.restarted
+    again.record("three", PASSED)
+    assert again.names(PASSED) == ["one", "three"]
+
+
+@pytest.mark.parametrize(("content", "restarted"), [("", False), ('{"code": "a', True)])
+def test_progress_without_an_identity_begins_anew(tmp_path: Path, content: str, restarted: bool) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    progress = Progress(tmp_path / "x.jsonl", {"code": "a"})
+    assert progress.names(PASSED) == [] and progress.restarted == restarted
+    assert not Progress(tmp_path / "x.jsonl", {"code": "a"}).restarted
+
+
+def test_an_identity_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Progress(tmp_path / "x.jsonl", {"code": "a"}).record("one", PASSED)
+    before = (tmp_path / "x.jsonl").read_text()
+
+    def full_disk(self: Path, content: str) -> None:
+        self.open("w").write(content[:3])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            Progress(tmp_path / "x.jsonl", {"code": "b"})
+    assert (tmp_path / "x.jsonl").read_text() == before
+
+
 def test_the_code_digest_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     (tmp_path / "kernels").mkdir()
