@@ -302,6 +302,26 @@ def test_a_provider_that_fails_while_it_is_timed_does_not_stop_the_others() -> N
     assert rows["eager"].status == "timed" and rows["eager"].median is not None
 
 
+@pytest.mark.parametrize(("syncs", "replayed"), [(None, True), (0, True), (2, False)])
+def test_a_call_is_replayed_unless_it_is_known_to_wait(
+    monkeypatch: pytest.MonkeyPatch, syncs: int | None, replayed: bool
+) -> None:
+    def measure(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, timing.Times]:
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, timing.Times(2.0, 2.0, 2.0, 9))
+
+    def fails() -> None:
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(counting, "count", lambda *_: counting.Counts(1, None, syncs))
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "measure_replay", lambda _: timing.Times(1.0, 1.0, 1.0, 9))
+    found = measurement.measured({"ssdcore": lambda: None, "conch": fails}, "cuda")
+    assert found["ssdcore"].get("replay") == (1.0 if replayed else None)
+    assert found["conch"]["status"] == "failed" and "replay" not in found["conch"]
+
+
 def test_inputs_that_cannot_be_built_are_reported() -> None:
     def build(device: str, dtype: torch.dtype) -> Workload:
         raise MemoryError("too large")
