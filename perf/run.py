@@ -77,7 +77,7 @@ def main() -> int:
 
     print(tables.table(found))
     if any(row.stages for row in found.rows):
-        print("\n" + tables.stage_table(found))
+        print("\n" + tables.phase_table(found))
     print(f"\n{measurement.notes(found)}{measurement.left_out_text()}", end="")
     print(f"{tables.device_text(found.facts)}; a copy moves {found.facts['bandwidth'] / 1e9:.0f} GB/s")
     if left:

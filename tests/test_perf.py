@@ -135,7 +135,7 @@ def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock:
 
 
 @pytest.mark.timing
-def test_each_stage_has_its_share_of_the_time() -> None:
+def test_each_phase_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, int]:
         yield "forward"
         time.sleep(0.015)
@@ -143,7 +143,7 @@ def test_each_stage_has_its_share_of_the_time() -> None:
         time.sleep(0.005)
         return 7
 
-    times, whole, shares = timing.measure_stages(step, "cpu")
+    times, whole, shares = timing.measure_phases(step, "cpu")
     assert list(shares) == ["forward", "backward"]
     assert shares["forward"] == pytest.approx(0.75, abs=0.05)
     assert times.median == pytest.approx(20, rel=0.2) and whole == pytest.approx(20, rel=0.2)
@@ -164,7 +164,7 @@ def test_waits_for_data_count_in_the_whole_time() -> None:
         yield "forward"
         time.sleep(0.002)
 
-    times, whole, shares = timing.measure_stages(step, "cpu", ahead=9)
+    times, whole, shares = timing.measure_phases(step, "cpu", ahead=9)
     assert times.median < 5 and times.runs >= 18
     assert whole == pytest.approx(12, rel=0.25)
     assert shares["data"] == pytest.approx(10 / 12, abs=0.1)
@@ -900,12 +900,12 @@ def test_a_replay_does_not_include_launching() -> None:
 
 @on_gpu
 @pytest.mark.timing
-def test_each_stage_on_a_gpu_has_its_share_of_the_time() -> None:
+def test_each_phase_on_a_gpu_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, None]:
         yield "long"
         torch.cuda._sleep(3_000_000)
         yield "short"
         torch.cuda._sleep(1_000_000)
 
-    *_, shares = timing.measure_stages(step, "cuda")
+    *_, shares = timing.measure_phases(step, "cuda")
     assert shares["long"] == pytest.approx(0.75, abs=0.05)

@@ -27,9 +27,9 @@ class Workload:
     reads: Sequence[Tensor] = ()  # what every provider must read once; what it must write is the result
     reference: str = "eager"  # the provider whose result is right
     difference: Callable[[Any, Any], str] = rounded  # (result, right result) -> what is wrong, or ""
-    staged: bool = False  # whether the providers are generators that yield the names of their stages
-    ahead: int = 0  # steps that a staged provider's data is fetched ahead
-    close: Callable[[], object] = lambda: None  # releases what a staged provider holds while it runs
+    phased: bool = False  # whether the providers are generators that yield the names of their phases
+    ahead: int = 0  # steps that the data of a provider with phases is fetched ahead
+    close: Callable[[], object] = lambda: None  # releases what a provider with phases holds while it runs
 
 
 @dataclass(frozen=True)

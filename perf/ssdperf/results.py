@@ -36,7 +36,7 @@ class Row:
     launches: int | None = None  # on the GPU
     syncs: int | None = None  # times that the CPU waited for the GPU
     whole: float | None = None  # end-to-end cases: the time per step over consecutive steps, waits included
-    stages: dict[str, float] = field(default_factory=dict)  # end-to-end cases: each stage's share of that
+    stages: dict[str, float] = field(default_factory=dict)  # end-to-end cases: each phase's share of that time
 
     @property
     def key(self) -> Key:
