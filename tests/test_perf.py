@@ -785,6 +785,8 @@ def test_list_prints_cases_and_shapes(tmp_path: Path) -> None:
     [
         (["run.py", "--case", "nsm"], "no case matches nsm; there are: box_iou"),
         (["run.py", "--baseline", "missing.json"], "missing.json does not exist"),
+        (["run.py", "--minutes", "0"], "--minutes needs --output or --resume"),
+        (["run.py", "--resume", "--quick"], "--resume needs --output with --case or --quick"),
         (["compare.py", "a.json"], "two files or more"),
         (["plot.py", "missing.json"], "missing.json does not exist"),
         (["sweep.py", "--case", "nms", "--axis", "B"], "no such case has such a size"),
