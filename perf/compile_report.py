@@ -21,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tqdm import tqdm
 
+from ssdcore.cores import usable_cores
 from ssdperf.compilation import report
 from ssdperf.text import text_table
 
@@ -37,7 +38,7 @@ def main() -> int:
         if not re.fullmatch(r"sm_\d+|gfx\w+", architecture):
             parser.error(f"--arch takes names such as sm_90 or gfx942, got {architecture}")
 
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(min(len(arguments.arch), usable_cores())) as pool:
         reports = tqdm(pool.map(report, arguments.arch), total=len(arguments.arch), unit="arch", disable=None)
         rows = [row for rows in reports for row in rows]
     spilling = sorted({row["kernel"] for row in rows if row["spilled"]})

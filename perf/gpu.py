@@ -51,7 +51,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         ("test", "the whole test suite, in parallel where pytest-xdist is installed"),
     ):
         commands.add_parser(name, help=text, description=text, parents=[shared])
-    text = "train ssd300_vgg16 on a data set and evaluate it"
+    text = "train ssd300_vgg16 on a dataset and evaluate it"
     command = commands.add_parser("train", help=text, description=text, parents=[shared])
     command.add_argument(
         "data",

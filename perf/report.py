@@ -1,6 +1,7 @@
 """Write the figures of both READMEs from perf/results/: tables between two markers, charts beside the results.
 
-They show only the first shape of each case, at which torch.compile is timed too. The result files hold the rest.
+They show only the first shape of each case, for each model and each kind of head outputs. The result files hold the
+rest.
 """
 
 import argparse

@@ -23,12 +23,13 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="such as nms or 'nms*'")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="one or two shapes per case")
+    parser.add_argument("--quick", action="store_true", help="one to three shapes per case")
     parser.add_argument(
         "--minutes",
         type=float,
         default=math.inf,
-        help="begin no shape after this time; the first shapes of all cases come before all others",
+        help="begin no shape after this time; the first shapes of all cases come before all others. Without --case and "
+        "--quick it needs --output or --resume, because an unfinished run would overwrite the results of a full run",
     )
     parser.add_argument("--list", action="store_true", help="print the cases and their shapes, and stop")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="print what changed since these results")
@@ -36,7 +37,8 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="results to write (default: perf/results/<device>.json if all cases run at all shapes, otherwise none)",
+        help="results to write (default: perf/results/<device>.json, which is overwritten; with --case or --quick, "
+        "none)",
     )
     parser.add_argument(
         "--resume",
@@ -52,6 +54,13 @@ def arguments_parser() -> argparse.ArgumentParser:
 def main() -> int:
     parser = arguments_parser()
     arguments = parser.parse_args()
+    saved_by_default = arguments.case == ["*"] and not arguments.quick
+    if arguments.output is None and not arguments.list:
+        if arguments.resume and not saved_by_default:
+            parser.error("--resume needs --output with --case or --quick")
+        if saved_by_default and not arguments.resume and math.isfinite(arguments.minutes):
+            reason = "an unfinished run would overwrite the results of a full run"
+            parser.error(f"--minutes needs --output or --resume, because {reason}")
     measurement.prepare(arguments.device, parser)
     work = benchmark.problems(arguments.case, arguments.device, arguments.quick)
     if arguments.list:
@@ -62,10 +71,8 @@ def main() -> int:
 
     facts = environment.facts(arguments.device) | {"quick": arguments.quick}
     output = arguments.output
-    if output is None and arguments.case == ["*"] and not arguments.quick:
+    if output is None and saved_by_default:
         output = FOLDER / f"{environment.file_stem(facts['device'])}.json"
-    if arguments.resume and output is None:
-        parser.error("--resume needs --output, unless all cases run at all shapes")
     try:
         baseline = results.load(arguments.baseline) if arguments.baseline else None
         found = benchmark.resumed(output, facts) if arguments.resume and output.exists() else None
@@ -77,7 +84,7 @@ def main() -> int:
 
     print(tables.table(found))
     if any(row.stages for row in found.rows):
-        print("\n" + tables.stage_table(found))
+        print("\n" + tables.phase_table(found))
     print(f"\n{measurement.notes(found)}{measurement.left_out_text()}", end="")
     print(f"{tables.device_text(found.facts)}; a copy moves {found.facts['bandwidth'] / 1e9:.0f} GB/s")
     if left:

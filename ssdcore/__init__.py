@@ -1,4 +1,4 @@
-"""Exact, batched object-detection operators (`ssdcore.kernels`), and a thin SSD300 detector that uses them."""
+"""Exact, batched object-detection ops (`ssdcore.kernels`), and a thin SSD300 detector that uses them."""
 
 from importlib import import_module
 from importlib.metadata import version

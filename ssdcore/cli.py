@@ -218,7 +218,7 @@ def detect(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of image files.")],
     weights: Weights,
     output: Annotated[Path, typer.Option(help="Folder for pictures and JSON files.")] = Path("detections"),
-    score_threshold: Annotated[float, typer.Option(help="Leave out objects with a lower score.", min=0, max=1)] = 0.5,
+    score_threshold: Annotated[float, typer.Option(help="Keep only objects with a higher score.", min=0, max=1)] = 0.5,
     device: Device = "auto",
 ) -> list[Path]:
     """Detect objects in images. Draws them, and writes them in COCO's results format.

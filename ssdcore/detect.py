@@ -47,24 +47,27 @@ def detect_dataset(
 
     Args:
         model: on any device; it is switched to eval mode and left there.
-        dataset: its transform is replaced by `eval_transform` during the call and restored afterwards.
+        dataset: its transform is replaced by `eval_transform` during the call and restored afterwards, also
+            after an error.
         workers: processes that read the images; 0 reads them in this process.
         quiet: show no progress bar.
 
     Returns:
         The detected objects by `image_id`, as `evaluate_detections` takes them.
     """
-    transform, dataset.transform = dataset.transform, eval_transform(model.anchor_config.image_size)
     model.eval()
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
     detected_by_image_id: dict[int, DetectedObjects] = {}
     first = 0  # index of the batch's first image in the dataset
-    for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
-        sizes = torch.tensor([dataset.image_size(first + i) for i in range(len(targets))])
-        first += len(targets)
-        for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):
-            detected_by_image_id[target["image_id"]] = detected
-    dataset.transform = transform
+    transform, dataset.transform = dataset.transform, eval_transform(model.anchor_config.image_size)
+    try:
+        for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
+            sizes = torch.tensor([dataset.image_size(first + i) for i in range(len(targets))])
+            first += len(targets)
+            for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):
+                detected_by_image_id[target["image_id"]] = detected
+    finally:
+        dataset.transform = transform
     return detected_by_image_id
 
 

@@ -1,6 +1,6 @@
-"""SSD300: a backbone, a head with two convolutions per feature map, and the operators of `ssdcore.kernels`.
+"""SSD300: a backbone, a head with two convolutions per feature map, and the ops of `ssdcore.kernels`.
 
-The operators match anchors and compute the loss in training, and turn the head's outputs into detections otherwise.
+The ops match anchors and compute the loss in training, and turn the head's outputs into detections otherwise.
 
 Source: Liu et al., "SSD: Single Shot MultiBox Detector" (2016). Parameters, inputs and outputs have the names that
 torchvision's `ssd300_vgg16` gives them, so that its weights, its training scripts and torchmetrics work unchanged.
@@ -41,7 +41,7 @@ class Convs(nn.Module):
 class Head(nn.Module):
     """The prediction layers: class logits [B, a * C, H, W] and box deltas [B, a * 4, H, W] for each feature map.
 
-    The outputs are not permuted or concatenated, because the operators of `ssdcore.kernels` read them in place.
+    The outputs are not permuted or concatenated, because the ops of `ssdcore.kernels` read them in place.
     """
 
     def __init__(self, in_channels: Sequence[int], anchors_per_cell: Sequence[int], num_classes: int) -> None:
@@ -71,7 +71,7 @@ class SSD(nn.Module):
     where the check costs almost nothing. It does not check values on a GPU, because it would have to wait for the
     GPU. There, a box without area matches no anchor, and a label out of range gives a NaN loss.
 
-    Under bf16 autocast the convolutions run in bf16 and the operators in fp32.
+    Under bf16 autocast the convolutions run in bf16 and the ops in fp32.
 
     Args:
         name: the model's name in `MODELS`, from which `ssdcore.weights` builds the model again.

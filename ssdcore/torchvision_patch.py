@@ -1,4 +1,4 @@
-"""Run torchvision's own SSD models on the operators of `ssdcore.kernels`: `accelerate(model)`."""
+"""Run torchvision's own SSD models on the ops of `ssdcore.kernels`: `accelerate(model)`."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,11 @@ from ssdcore.objects import DetectedObjects, Target
 
 
 def accelerate(model: SSD) -> SSD:
-    """Replace the loss and the postprocess of a torchvision SSD with operators that process the whole batch at once.
+    """Replace the loss and the postprocess of a torchvision SSD with ops that process the whole batch at once.
 
     Weights, calls, targets and results stay the same, except for the differences that the README lists. This works for
-    every SSD of `torchvision.models.detection`: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or a model of your own.
+    every SSD of `torchvision.models.detection`: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or an SSD that you built
+    from a backbone and a head of your own. A subclass of SSD is refused, because it would lose its methods.
 
     Args:
         model: changed in place, not copied. Its settings (thresholds, ratio of negatives, top-k) stay in force, and
@@ -23,10 +24,11 @@ def accelerate(model: SSD) -> SSD:
         The same model.
 
     Raises:
-        TypeError: `model` is not a torchvision SSD.
+        TypeError: `model` is not a torchvision SSD, or is of a subclass.
     """
-    if not isinstance(model, SSD):
-        raise TypeError(f"model must be a torchvision SSD, got {type(model).__name__}")
+    if type(model) not in (SSD, AcceleratedSSD):
+        reason = ", a subclass, which would lose its methods" if isinstance(model, SSD) else ""
+        raise TypeError(f"model must be a torchvision SSD, got {type(model).__name__}{reason}")
     model.__class__ = AcceleratedSSD
     model.proposal_matcher = _DeferredMatcher(model.proposal_matcher.high_threshold)
     return model

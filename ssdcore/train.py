@@ -30,6 +30,7 @@ from ssdcore.weights import description, save_weights, write_atomically
 MAX_GRADIENT_NORM = 10.0
 BEST_EPOCH_METRIC = "AP50"  # the epoch with the highest value on the validation split provides the weights of the run
 SEED_MULTIPLIER = 0x9E3779B1  # a prime near 2**32 / golden ratio, from Knuth's multiplicative hashing
+STATE_FIELDS = {"model", "optimizer", "trained", "settings", "history"}  # of last.pt, see `_write_state`
 # Seconds that pass at least between two saves after whole epochs. On a small dataset, a GPU needs less time for an
 # epoch than saving takes.
 SAVE_EVERY_S = 20.0
@@ -70,7 +71,7 @@ class Recipe:
     weight_decay: float
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Callable[[int, int], float]  # (step, steps) -> factor of lr
-    steps: int = 0  # at least
+    steps: int = 0  # optimiser steps of the whole run, at least
 
     def epochs_for(self, images: int, batch_size: int) -> int:
         """The number of epochs for a dataset of this many images."""
@@ -418,9 +419,10 @@ def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a damaged file, the unpickler raises many types of exception
         raise ValueError(f"{path} is not the state of a run: {error}") from error
-    changed = {
-        name: (state["settings"][name], value) for name, value in settings.items() if state["settings"][name] != value
-    }
+    if not (isinstance(state, dict) and state.keys() >= STATE_FIELDS):
+        raise ValueError(f"{path} is not the state of a run")
+    past = state["settings"]
+    changed = {name: (past.get(name), value) for name, value in settings.items() if past.get(name) != value}
     if changed:
         differences = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
         raise ValueError(f"{path} is the state of a run with other settings: {differences}")

@@ -6,7 +6,7 @@ The file's tensors are the weights. The file's header holds everything else that
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ssdcore.anchors import AnchorConfig
 from ssdcore.model import MODELS, SSD
+
+HEADER_FIELDS = {"model", "classes", "category_ids", "anchors", "image_mean", "image_std"}  # see `description`
+ANCHOR_FIELDS = {field.name for field in fields(AnchorConfig)}
 
 
 def description(model: SSD, classes: Sequence[str], category_ids: Sequence[int]) -> dict[str, Any]:
@@ -72,11 +75,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SS
         The model in eval mode, and the names of its classes; label i + 1 is the name at index i.
 
     Raises:
-        ValueError: the file does not exist, or `save_weights` did not write it.
+        ValueError: the file does not exist, `save_weights` did not write it, or it describes a model that this version
+            does not know.
     """
     header, tensors = _read(path)
     model = _build(header, len(header["classes"]) + 1)
-    model.load_state_dict(tensors)
+    _load_tensors(model, tensors, path)
     return model.eval().to(device), tuple(header["classes"])
 
 
@@ -96,14 +100,15 @@ def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]
         The model, and the names of the tensors that keep their initial values.
 
     Raises:
-        ValueError: the file does not exist, or `save_weights` did not write it.
+        ValueError: the file does not exist, `save_weights` did not write it, or it describes a model that this version
+            does not know.
     """
     header, tensors = _read(path)
     model = _build(header, len(classes) + 1)
     initial = model.state_dict()
     same_classes = header["classes"] == list(classes)
     not_loaded = [] if same_classes else [name for name in initial if name.startswith("head.classification_head.")]
-    model.load_state_dict(tensors | {name: initial[name] for name in not_loaded})
+    _load_tensors(model, tensors | {name: initial[name] for name in not_loaded}, path)
     return model, not_loaded
 
 
@@ -128,6 +133,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"{path} was not written by ssdcore: its header does not describe a model")
+    known = isinstance(header, dict) and header.keys() >= HEADER_FIELDS
+    if not (known and header["model"] in MODELS and set(header["anchors"]) <= ANCHOR_FIELDS):
+        raise ValueError(f"{path} does not describe a model that this version of ssdcore knows")
     return header, tensors
 
 
@@ -139,6 +147,13 @@ def _build(header: dict[str, Any], num_classes: int) -> SSD:
         image_mean=header["image_mean"],
         image_std=header["image_std"],
     )
+
+
+def _load_tensors(model: SSD, tensors: dict[str, Tensor], path: str | Path) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit the model that its header describes") from error
 
 
 def _tuples(value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from ssdperf import packages, processes, stages
 from ssdperf.processes import Ending
 from ssdperf.progress import FAILED, UNFINISHED, Progress
+from ssdperf.results import Results
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,6 +162,28 @@ def test_a_training_that_fails_is_not_unfinished(job: FakeJob) -> None:
     ENDINGS.append(Ending(1, out_of_time=False))
     assert stages.train(job, Path("data"), "test").status == 1
     assert len(COMMANDS) == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "saved", "status", "text"),
+    [
+        (Ending(1, False), True, 1, "perf/run.py failed, {0}/bench.log says why; {0}/gpu.json holds what was measured"),
+        (Ending(1, False), False, 1, "perf/run.py failed, {0}/bench.log says why"),
+        (Ending(0, False), True, 0, "{0}/gpu.json holds 0 measured problems"),
+        (Ending(UNFINISHED, False), False, UNFINISHED, "no problem has been measured yet"),
+    ],
+    ids=["failed later", "failed at once", "finished", "no time"],
+)
+def test_the_report_of_the_benchmark(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch, ending: Ending, saved: bool, status: int, text: str
+) -> None:
+    monkeypatch.setattr(stages.environment, "device_name", lambda _: "GPU")
+    if saved:
+        Results({}, []).save(job.output / "gpu.json")
+    ENDINGS.append(ending)
+    report = stages.bench(job)
+    assert report.status == status and report.text.startswith(text.format(job.output))
+    assert ("holds" in report.text) == saved
 
 
 @pytest.mark.parametrize(

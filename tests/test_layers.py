@@ -112,7 +112,7 @@ def test_the_detector_uses_public_ops_only(file: str) -> None:
 @pytest.mark.parametrize("file", sources("perf"))
 def test_the_benchmark_uses_public_ops(file: str) -> None:
     allowed = {
-        "perf/ssdperf/baseline.py": shared(*(f"{subject}.eager" for subject in SUBJECTS)),
+        "perf/ssdperf/eager.py": shared(*(f"{subject}.eager" for subject in SUBJECTS)),
         "perf/ssdperf/launches.py": shared(*(f"{subject}.triton" for subject in SUBJECTS)),  # for the compile report
     }
     names = {name for name in imported_modules(ROOT / file) if name.startswith("ssdcore.kernels")}

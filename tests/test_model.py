@@ -288,3 +288,30 @@ def test_files_without_weights_raise_an_error_that_names_them(tmp_path: Path) ->
         load_model(tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="classes must name the 3 classes of the model, got 1"):
         save_weights(ssd300_tiny(4), tmp_path / "x.safetensors", ["cat"])
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({}, "does not describe a model that this version of ssdcore knows"),
+        ([], "does not describe a model that this version of ssdcore knows"),
+        ({"model": "ssd512"}, "does not describe a model that this version of ssdcore knows"),
+        ({"anchors": {"rotation": 1}}, "does not describe a model that this version of ssdcore knows"),
+        ({"classes": ["cat", "dog"]}, "do not fit the model that its header describes"),
+    ],
+    ids=["empty", "a list", "another model", "other anchors", "another number of classes"],
+)
+def test_a_header_that_does_not_fit_raises_an_error_that_names_the_file(
+    tmp_path: Path, header: Any, message: str
+) -> None:
+    from safetensors.torch import save_file
+
+    from ssdcore.weights import description, fine_tuned, load_model
+
+    model = ssd300_tiny(2)
+    whole = description(model, ["cat"], [1])
+    changed = whole | header if header else header
+    save_file(model.state_dict(), tmp_path / "x.safetensors", metadata={"ssdcore": json.dumps(changed)})
+    for load in (load_model, lambda path: fine_tuned(path, changed["classes"] if header else ["cat"])):
+        with pytest.raises(ValueError, match=rf"x\.safetensors {message}"):
+            load(tmp_path / "x.safetensors")

@@ -18,11 +18,11 @@ import torchvision
 
 from ssdcore import kernels
 from ssdperf import (
-    baseline,
     benchmark,
     charts,
     comparison,
     counting,
+    eager,
     environment,
     inputs,
     measurement,
@@ -125,7 +125,7 @@ def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock:
             {
                 "ssdcore": slowed,
                 "twin": lambda: kernels.nms(boxes, scores, 0.5),
-                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )
@@ -135,7 +135,7 @@ def test_a_kernel_that_runs_three_times_takes_three_times_as_long(process_clock:
 
 
 @pytest.mark.timing
-def test_each_stage_has_its_share_of_the_time() -> None:
+def test_each_phase_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, int]:
         yield "forward"
         time.sleep(0.015)
@@ -143,7 +143,7 @@ def test_each_stage_has_its_share_of_the_time() -> None:
         time.sleep(0.005)
         return 7
 
-    times, whole, shares = timing.measure_stages(step, "cpu")
+    times, whole, shares = timing.measure_phases(step, "cpu")
     assert list(shares) == ["forward", "backward"]
     assert shares["forward"] == pytest.approx(0.75, abs=0.05)
     assert times.median == pytest.approx(20, rel=0.2) and whole == pytest.approx(20, rel=0.2)
@@ -164,7 +164,7 @@ def test_waits_for_data_count_in_the_whole_time() -> None:
         yield "forward"
         time.sleep(0.002)
 
-    times, whole, shares = timing.measure_stages(step, "cpu", ahead=9)
+    times, whole, shares = timing.measure_phases(step, "cpu", ahead=9)
     assert times.median < 5 and times.runs >= 18
     assert whole == pytest.approx(12, rel=0.25)
     assert shares["data"] == pytest.approx(10 / 12, abs=0.1)
@@ -200,7 +200,7 @@ def test_a_wrong_result_is_not_timed(wrong: Callable[[torch.Tensor], torch.Tenso
         Workload(
             {
                 "ssdcore": lambda: wrong(kernels.nms(boxes, scores, 0.5)),
-                "eager": lambda: baseline.nms(boxes, scores, None, 0.5),
+                "eager": lambda: eager.nms(boxes, scores, None, 0.5),
             },
             reads=(boxes, scores),
         )
@@ -300,6 +300,26 @@ def test_a_provider_that_fails_while_it_is_timed_does_not_stop_the_others() -> N
     rows = rows_of(Workload({"ssdcore": fails_later, "eager": lambda: torch.ones(3)}))
     assert (rows["ssdcore"].status, rows["ssdcore"].note) == ("failed", "RuntimeError: later")
     assert rows["eager"].status == "timed" and rows["eager"].median is not None
+
+
+@pytest.mark.parametrize(("syncs", "replayed"), [(None, True), (0, True), (2, False)])
+def test_a_call_is_replayed_unless_it_is_known_to_wait(
+    monkeypatch: pytest.MonkeyPatch, syncs: int | None, replayed: bool
+) -> None:
+    def measure(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, timing.Times]:
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, timing.Times(2.0, 2.0, 2.0, 9))
+
+    def fails() -> None:
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(counting, "count", lambda *_: counting.Counts(1, None, syncs))
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "measure_replay", lambda _: timing.Times(1.0, 1.0, 1.0, 9))
+    found = measurement.measured({"ssdcore": lambda: None, "conch": fails}, "cuda")
+    assert found["ssdcore"].get("replay") == (1.0 if replayed else None)
+    assert found["conch"]["status"] == "failed" and "replay" not in found["conch"]
 
 
 def test_inputs_that_cannot_be_built_are_reported() -> None:
@@ -458,14 +478,24 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, messag
         results.load(file)
 
 
+def test_a_folder_is_not_a_file_of_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        results.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
         (text.time_text(0.01234), "12.3 µs"),
         (text.time_text(1.5), "1.50 ms"),
-        (text.time_text(99.96), "100.0 ms"),
+        (text.time_text(99.96), "100 ms"),
+        (text.time_text(9.999), "10.0 ms"),
+        (text.time_text(0.9996), "1.00 ms"),
+        (text.time_text(999.6), "1.00 s"),
         (text.time_text(12_345), "12.3 s"),
         (text.bytes_text(999), "999 B"),
+        (text.bytes_text(999_600), "1.00 MB"),
+        (text.ratio_text(9.999), "10.0x"),
         (text.bytes_text(1_234_000_000), "1.23 GB"),
         (text.share_text(0.854), "85%"),
         (text.share_text(0.0123), "1.2%"),
@@ -559,6 +589,40 @@ def test_progress_begins_anew_for_other_code(tmp_path: Path) -> None:
     other = Progress(tmp_path / "x.jsonl", {"code": "b"})
     assert other.names(PASSED) == [] and other.restarted
     assert Progress(tmp_path / "x.jsonl", {"code": "b"}).names(PASSED) == []
+
+
+def test_a_line_that_was_cut_off_is_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    Progress(file, {"code": "a"}).record("one", PASSED)
+    with file.open("a") as whole:
+        whole.write('{"name": "two", "sta')
+    again = Progress(file, {"code": "a"})
+    assert again.names(PASSED) == ["one"] and not again.restarted
+    again.record("three", PASSED)
+    assert again.names(PASSED) == ["one", "three"]
+
+
+@pytest.mark.parametrize(("content", "restarted"), [("", False), ('{"code": "a', True)])
+def test_progress_without_an_identity_begins_anew(tmp_path: Path, content: str, restarted: bool) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    progress = Progress(tmp_path / "x.jsonl", {"code": "a"})
+    assert progress.names(PASSED) == [] and progress.restarted == restarted
+    assert not Progress(tmp_path / "x.jsonl", {"code": "a"}).restarted
+
+
+def test_an_identity_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Progress(tmp_path / "x.jsonl", {"code": "a"}).record("one", PASSED)
+    before = (tmp_path / "x.jsonl").read_text()
+
+    def full_disk(self: Path, content: str) -> None:
+        self.open("w").write(content[:3])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            Progress(tmp_path / "x.jsonl", {"code": "b"})
+    assert (tmp_path / "x.jsonl").read_text() == before
 
 
 def test_the_code_digest_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,6 +785,8 @@ def test_list_prints_cases_and_shapes(tmp_path: Path) -> None:
     [
         (["run.py", "--case", "nsm"], "no case matches nsm; there are: box_iou"),
         (["run.py", "--baseline", "missing.json"], "missing.json does not exist"),
+        (["run.py", "--minutes", "0"], "--minutes needs --output or --resume"),
+        (["run.py", "--resume", "--quick"], "--resume needs --output with --case or --quick"),
         (["compare.py", "a.json"], "two files or more"),
         (["plot.py", "missing.json"], "missing.json does not exist"),
         (["sweep.py", "--case", "nms", "--axis", "B"], "no such case has such a size"),
@@ -812,7 +878,7 @@ def test_a_gpu_call_that_sleeps_three_times_as_long_takes_three_times_as_long() 
 
 
 @on_gpu
-def test_a_wait_inside_an_operator_is_counted() -> None:
+def test_a_wait_inside_an_op_is_counted() -> None:
     boxes, scores = inputs.nms_boxes("uniform", 1000, "cuda")
     torchvision.ops.nms(boxes, scores, 0.5)
     counts = counting.count(lambda: torchvision.ops.nms(boxes, scores, 0.5), "cuda")
@@ -836,12 +902,12 @@ def test_a_replay_does_not_include_launching() -> None:
 
 @on_gpu
 @pytest.mark.timing
-def test_each_stage_on_a_gpu_has_its_share_of_the_time() -> None:
+def test_each_phase_on_a_gpu_has_its_share_of_the_time() -> None:
     def step() -> Generator[str, None, None]:
         yield "long"
         torch.cuda._sleep(3_000_000)
         yield "short"
         torch.cuda._sleep(1_000_000)
 
-    *_, shares = timing.measure_stages(step, "cuda")
+    *_, shares = timing.measure_phases(step, "cuda")
     assert shares["long"] == pytest.approx(0.75, abs=0.05)

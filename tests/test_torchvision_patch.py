@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,23 @@ def test_settings_changed_afterwards_take_effect(model: SSD) -> None:
 def test_other_models_raise_type_error() -> None:
     with pytest.raises(TypeError, match="model must be a torchvision SSD, got Linear"):
         accelerate(torch.nn.Linear(1, 1))
+
+
+def test_a_subclass_is_refused_and_keeps_its_methods(model: SSD) -> None:
+    class Doubled(SSD):
+        def compute_loss(self, *arguments: Any) -> dict[str, torch.Tensor]:
+            return {name: 2 * loss for name, loss in super().compute_loss(*arguments).items()}
+
+    subclassed = copy.deepcopy(model)
+    subclassed.__class__ = Doubled
+    with pytest.raises(TypeError, match="got Doubled, a subclass, which would lose its methods"):
+        accelerate(subclassed)
+    assert type(subclassed) is Doubled
+
+
+def test_a_model_can_be_accelerated_twice(model: SSD) -> None:
+    once = accelerate(copy.deepcopy(model))
+    assert accelerate(once) is once
 
 
 def test_ssd300_vgg16_can_be_accelerated() -> None:

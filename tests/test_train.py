@@ -120,6 +120,23 @@ def test_a_damaged_state_raises_an_error_that_names_it(shapes: Path, tmp_path: P
         run(shapes, tmp_path / "run", epochs=1, resume=True)
 
 
+@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2]])
+def test_a_state_of_another_program_raises_an_error_that_names_it(shapes: Path, tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt is not the state of a run"):
+        run(shapes, tmp_path, resume=True)
+
+
+def test_the_transform_of_a_dataset_is_restored_after_an_interruption(shapes: Path) -> None:
+    dataset = open_dataset(shapes, "train")
+    dataset.transform = transform = train_transform()
+    dataset.__class__ = Interrupting
+    dataset.images_left = 0
+    with pytest.raises(KeyboardInterrupt):
+        detect_dataset(new_model(), dataset, quiet=True)
+    assert dataset.transform is transform
+
+
 def test_a_small_dataset_gets_more_epochs_if_the_model_needs_more_steps() -> None:
     vgg = RECIPES["ssd300_vgg16"]
     assert vgg.epochs_for(117_266, 32) == vgg.epochs

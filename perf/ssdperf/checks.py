@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.cases.postprocess import SETTINGS
 from ssdperf.differences import NEAR_TIE, ROUNDING, same_detections, tensors, within
 from ssdperf.registry import REGISTRY, Shape, Workload, grid
@@ -20,7 +20,7 @@ SMALL_MAPS = 40  # anchors of SSD300's last two levels
 CPU_LIMIT_S = 300.0  # for a subject in the interpreter, whose speed depends on what else the machine does
 
 
-class Problem(NamedTuple):
+class CheckProblem(NamedTuple):
     case: str
     shape: Shape
 
@@ -34,10 +34,10 @@ class Subject(NamedTuple):
 
     name: str
     limit_s: float  # on a GPU: several times what the problems are expected to take, compiling the kernels included
-    full: Sequence[Problem]
-    small: Sequence[Problem]  # a program takes the interpreter milliseconds
+    full: Sequence[CheckProblem]
+    small: Sequence[CheckProblem]  # a program takes the interpreter milliseconds
 
-    def problems(self, device: str) -> Sequence[Problem]:
+    def problems(self, device: str) -> Sequence[CheckProblem]:
         return self.small if device == "cpu" else self.full
 
     def limit_on(self, device: str) -> float:
@@ -97,7 +97,7 @@ def decode_gradient(device: str, dtype: torch.dtype, B: int, A: int) -> Workload
 
     def by_eager() -> torch.Tensor:
         with torch.no_grad():
-            return baseline.decode_boxes_backward(cotangent, deltas, anchors, BOX_WEIGHTS)
+            return eager.decode_boxes_backward(cotangent, deltas, anchors, BOX_WEIGHTS)
 
     return Workload(
         {
@@ -119,7 +119,7 @@ def crowded_postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int)
     return Workload(
         {
             "ssdcore": lambda: kernels.postprocess_detections(logits, deltas, anchors, image_sizes),
-            "eager": lambda: baseline.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
+            "eager": lambda: eager.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
         },
         difference=same_detections,
     )
@@ -134,8 +134,8 @@ BUILDERS: dict[str, Callable[..., Workload]] = {
 # --- the subjects, the kernels that may hang first --------------------------------------------------------
 
 
-def problems(case: str, *shapes: Shape, dtypes: Sequence[str] = ("float32",)) -> list[Problem]:
-    return [Problem(case, shape | {"dtype": dtype}) for shape in shapes for dtype in dtypes]
+def problems(case: str, *shapes: Shape, dtypes: Sequence[str] = ("float32",)) -> list[CheckProblem]:
+    return [CheckProblem(case, shape | {"dtype": dtype}) for shape in shapes for dtype in dtypes]
 
 
 def ssd(**sizes: Any) -> Shape:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ssdperf.launches import PROBLEMS, recorded
+from ssdperf.launches import CALLS, recorded
 
 TYPES = {
     torch.float32: "fp32",
@@ -27,11 +27,11 @@ TYPES = {
 
 
 def report(architecture: str) -> list[dict[str, Any]]:
-    """Compile every kernel of every problem for `architecture`; return a row for each."""
+    """Compile every kernel that any of `CALLS` launches for `architecture`; return a row for each."""
     return [
-        {"problem": problem.name, **row}
-        for problem in PROBLEMS
-        for row in compile_all(architecture, lambda problem=problem: problem.call(problem.dtype))
+        {"problem": calls.name, **row}
+        for calls in CALLS
+        for row in compile_all(architecture, lambda calls=calls: calls.make(calls.dtype))
     ]
 
 

@@ -1,6 +1,6 @@
 """What a measurement depends on besides the problem: the machine, its clocks as found, the versions and the code.
 
-The functions that need torch import it themselves, so that other facts are to be had without the seconds that takes.
+Functions that need torch import it themselves, because the import takes seconds and most facts do not need it.
 """
 
 import datetime

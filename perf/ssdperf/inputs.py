@@ -82,7 +82,7 @@ class Truth:
 
 
 def truth(B: int, C: int, G: int, device: str) -> Truth:
-    """Return ground truth with G objects per image in the mean, exponentially distributed: about COCO's for G = 7."""
+    """Return ground truth with G objects per image on average, exponentially distributed: about COCO's for G = 7."""
     counts = [round(-G * math.log(1 - (b + 0.5) / B)) for b in range(B)]
     order = torch.randperm(B).tolist()
     counts = [counts[b] for b in order]

@@ -28,11 +28,11 @@ Levels = Sequence[tuple[int, int]]  # cells, and anchors per cell, of each level
 SSD300 = [(level.num_cells, level.anchors_per_cell) for level in LEVELS]
 
 
-class Problem(NamedTuple):
+class Calls(NamedTuple):
     """A name for the report, a function that calls the launchers, and the dtype that it calls them with."""
 
     name: str
-    call: Callable[[torch.dtype], None]
+    make: Callable[[torch.dtype], None]
     dtype: torch.dtype
 
 
@@ -57,11 +57,11 @@ def smallest(dtype: torch.dtype) -> None:
     launch_all(dtype, num_classes=2, layouts=("planes",), levels=[(1, 1), (2, 1), (2, 2)], **sizes)
 
 
-PROBLEMS = (
-    Problem("production", production, torch.float32),
-    Problem("production", production, torch.bfloat16),
-    Problem("many_classes", many_classes, torch.bfloat16),
-    Problem("smallest", smallest, torch.float32),
+CALLS = (
+    Calls("production", production, torch.float32),
+    Calls("production", production, torch.bfloat16),
+    Calls("many_classes", many_classes, torch.bfloat16),
+    Calls("smallest", smallest, torch.float32),
 )
 
 

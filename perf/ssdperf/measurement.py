@@ -82,12 +82,12 @@ def rows_of(case: Case, shape: Shape, device: str, bandwidth: float, compiled: b
         with_compiled = {**workload.providers, "torch.compile": torch.compile(workload.providers["eager"])}
         workload = replace(workload, providers=with_compiled)
     right, excluded, result = checked(workload)
-    if right and not workload.staged:
+    if right and not workload.phased:
         moved = size_of([*workload.reads, result])
         blank = replace(blank, bytes=moved, floor=moved / bandwidth * 1e3)
     del result
     found = {name: replace(blank, provider=name, status=status, note=note) for name, (status, note) in excluded.items()}
-    values_of = measured_stages(right, device, workload) if workload.staged else measured(right, device)
+    values_of = measured_phases(right, device, workload) if workload.phased else measured(right, device)
     for name, values in values_of.items():
         found[name] = replace(blank, provider=name, **({"status": "timed"} | values))
     return [found[name] for name in workload.providers]
@@ -124,7 +124,7 @@ def checked(workload: Workload) -> tuple[dict[str, Callable[[], Any]], dict[str,
 def _result(workload: Workload, name: str) -> Any:
     """Return a provider's result. Nothing of the provider keeps running."""
     call = workload.providers[name]
-    if not workload.staged:
+    if not workload.phased:
         return call()
     result = timing.finish(call())
     workload.close()
@@ -163,7 +163,8 @@ def measured(calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, d
         found[name] |= asdict(measured_times)
     if device == "cuda":
         for name, call in sound.items():
-            if found[name].get("syncs") == 0:
+            # None if the profiler does not see the GPU. `measure_replay` looks for waits itself.
+            if "status" not in found[name] and not found[name]["syncs"]:
                 attempt(name, lambda call=call: _replay(call))
     return found
 
@@ -173,17 +174,17 @@ def _replay(call: Callable[[], Any]) -> dict[str, float]:
     return {"replay": times.median, "replay_p10": times.p10, "replay_p90": times.p90} if times else {}
 
 
-def measured_stages(steps: Mapping[str, timing.Staged], device: str, workload: Workload) -> dict[str, dict[str, Any]]:
-    """Do the same as `measured` for staged calls.
+def measured_phases(steps: Mapping[str, timing.Phased], device: str, workload: Workload) -> dict[str, dict[str, Any]]:
+    """Do the same as `measured` for calls with phases.
 
     The providers run one after the other, because the next step's data may be fetched while a step runs.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         try:
-            times, whole, stages = timing.measure_stages(step, device, workload.ahead)
+            times, whole, shares = timing.measure_phases(step, device, workload.ahead)
             counts = counting.count(lambda step=step: timing.finish(step()), device)
-            found[name] = asdict(counts) | asdict(times) | {"whole": whole, "stages": stages}
+            found[name] = asdict(counts) | asdict(times) | {"whole": whole, "stages": shares}
         except Exception as error:
             stop_if_gpu_is_lost(error)
             found[name] = {"status": "failed", "note": error_text(error)}

@@ -1,7 +1,7 @@
 """The figures in the READMEs: tables and charts between two markers, made from the results."""
 
 from ssdperf.results import OURS, Key, Results, Row
-from ssdperf.tables import device_text, peer_text, stages_text
+from ssdperf.tables import device_text, peer_text, phases_text
 from ssdperf.text import markdown_table, share_text, time_text
 
 BEGIN = "<!-- figures: written by perf/report.py, not by hand -->"
@@ -72,7 +72,7 @@ def _detectors(run: Results, keys: list[Key]) -> str:
     for key in keys:
         for row in table[key].values():
             if row.stages:
-                lines.append([*key, row.provider, f"{row.images_per_second:.1f}", stages_text(row)])
+                lines.append([*key, row.provider, f"{row.images_per_second:.1f}", phases_text(row)])
     header = ["from host to host", "shape", "dtype", "provider", "images/s", "where the time goes"]
     return markdown_table(header, lines) if lines else ""
 

@@ -1,7 +1,7 @@
 """What a case of the benchmark is, the registry of all cases, and helpers to list the shapes of a case.
 
-Sizes have the letters of the ops' contracts: B images, A anchors, C classes with the background, G objects per image in
-the mean, N boxes (M of the second kind), K classes of NMS.
+Sizes have the letters of the ops' contracts: B images, A anchors, C classes with the background, G objects per image
+on average, N boxes (M of the second kind), K classes of NMS.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,9 +27,9 @@ class Workload:
     reads: Sequence[Tensor] = ()  # what every provider must read once; what it must write is the result
     reference: str = "eager"  # the provider whose result is right
     difference: Callable[[Any, Any], str] = rounded  # (result, right result) -> what is wrong, or ""
-    staged: bool = False  # whether the providers are generators that yield the names of their stages
-    ahead: int = 0  # steps that a staged provider's data is fetched ahead
-    close: Callable[[], object] = lambda: None  # releases what a staged provider holds while it runs
+    phased: bool = False  # whether the providers are generators that yield the names of their phases
+    ahead: int = 0  # steps that the data of a provider with phases is fetched ahead
+    close: Callable[[], object] = lambda: None  # releases what a provider with phases holds while it runs
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Case:
     name: str
     build: Callable[..., Workload]  # (device, dtype, **sizes)
     shapes: Sequence[Shape]
-    quick: Sequence[Shape]  # one or two, for --quick
+    quick: Sequence[Shape]  # one to three, for --quick
     sweep: Mapping[str, Sequence[int]] = field(default_factory=dict)  # values of one size at a time, for sweep.py
-    compiles: bool = False  # eager compiles as one graph: then torch.compile is a provider at the headline
+    compiles: bool = False  # whether torch.compile of eager, in one graph or several, is a provider at the headline
 
     def shapes_for(self, device: str, quick: bool) -> list[Shape]:
         shapes = self.quick if quick else self.shapes

@@ -36,7 +36,7 @@ class Row:
     launches: int | None = None  # on the GPU
     syncs: int | None = None  # times that the CPU waited for the GPU
     whole: float | None = None  # end-to-end cases: the time per step over consecutive steps, waits included
-    stages: dict[str, float] = field(default_factory=dict)  # end-to-end cases: each stage's share of that
+    stages: dict[str, float] = field(default_factory=dict)  # end-to-end cases: each phase's share of that time
 
     @property
     def key(self) -> Key:
@@ -95,6 +95,8 @@ def load(path: Path) -> Results:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA or "rows" not in content:

@@ -43,7 +43,7 @@ CHECK_END_S = 10.0  # for check.py to start, and to kill its last process and pr
 # because its tests compile kernels.
 MAX_TEST_WORKERS = 8
 STUCK_TEST_S = 120  # pytest prints the stack of a test that takes longer, which names a test that hangs
-# What the stages do with --device cpu, where all they are to show is that they work.
+# What the stages do with --device cpu, which only shows that they work.
 CPU_CASE = "match_anchors"
 CPU_TESTS = ("test_anchors.py", "test_draw.py")
 CPU_EPOCHS = 2
@@ -152,8 +152,11 @@ def bench(job: Job) -> Report:
     if job.device == "cpu":
         command += ["--quick", "--case", CPU_CASE]
     ending = job.run("bench.log", command)
-    if _status(ending) == 1 or not file.exists():
-        return Report(_status(ending), f"nothing new was measured, {job.output / 'bench.log'} says why")
+    if _status(ending) == 1:
+        saved = f"; {file} holds what was measured before" if file.exists() else ""
+        return Report(1, f"perf/run.py failed, {job.output / 'bench.log'} says why{saved}")
+    if not file.exists():
+        return Report(_status(ending), "no problem has been measured yet")
     measured = len(results.load(file).by_key())
     text = f"{file} holds {measured} measured problems; for the README, copy it to perf/results/"
     return Report(_status(ending), text)

@@ -45,12 +45,12 @@ def table(results: Results) -> str:
     return text_table(header, lines)
 
 
-def stages_text(row: Row) -> str:
+def phases_text(row: Row) -> str:
     return ", ".join(f"{name} {share_text(share)}" for name, share in row.stages.items())
 
 
-def stage_table(results: Results) -> str:
+def phase_table(results: Results) -> str:
     """Return a line per provider of the end-to-end cases: images per second, and where the time goes."""
-    staged = [row for row in results.rows if row.stages]
-    lines = [[*row.key, row.provider, f"{row.images_per_second:.1f}", stages_text(row)] for row in staged]
+    with_phases = [row for row in results.rows if row.stages]
+    lines = [[*row.key, row.provider, f"{row.images_per_second:.1f}", phases_text(row)] for row in with_phases]
     return text_table(["case", "shape", "dtype", "provider", "images/s", "where the time goes"], lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 def time_text(milliseconds: float | None) -> str:
     if milliseconds is None:
         return ""
+    milliseconds = _rounded(milliseconds)
     for unit, scale in (("s", 1e-3), ("ms", 1.0)):
         if milliseconds * scale >= 1:
             return f"{_three_digits(milliseconds * scale)} {unit}"
@@ -16,6 +17,7 @@ def time_text(milliseconds: float | None) -> str:
 def bytes_text(count: float | None) -> str:
     if count is None:
         return ""
+    count = _rounded(count)
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{_three_digits(count)} {unit}"
@@ -33,7 +35,13 @@ def share_text(share: float | None) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
+def _rounded(value: float) -> float:
+    """Round to three digits. This comes before the unit is chosen, because 0.9996 ms is written as 1.00 ms."""
+    return float(f"{value:.3g}")
+
+
 def _three_digits(value: float) -> str:
+    value = _rounded(value)
     decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:.{min(max(decimals, 0), 3)}f}"
 

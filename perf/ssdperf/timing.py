@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-Staged = Callable[[], Generator[str, None, Any]]  # yields the name of each stage as the stage begins
+Phased = Callable[[], Generator[str, None, Any]]  # yields the name of each phase as the phase begins
 
 CACHE_BYTES = 256 * 2**20  # overwritten before each run: more than the L2 cache of any GPU so far (H200: 60 MB)
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # more than any cache holds
@@ -100,10 +100,10 @@ def measure_replay(call: Call) -> Times | None:
     return summarise([time_once(graph.replay) for _ in range(runs)])
 
 
-def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, float, dict[str, float]]:
+def measure_phases(step: Phased, device: str, ahead: int = 0) -> tuple[Times, float, dict[str, float]]:
     """Time consecutive steps.
 
-    On a GPU the GPU's own clock tells the stages apart, without a wait between them: a stage in which the CPU works
+    On a GPU the GPU's own clock tells the phases apart, without a wait between them: a phase in which the CPU works
     while the GPU is still busy costs nothing.
 
     Args:
@@ -113,7 +113,7 @@ def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, fl
             many are measured, so that data that was fetched earlier does not pass for speed.
 
     Returns:
-        The times of single steps, the milliseconds per step over the whole measurement, and each stage's share of it.
+        The times of single steps, the milliseconds per step over the whole measurement, and each phase's share of it.
     """
     clock = _GpuClock() if device == "cuda" else _CpuClock()
 
@@ -135,7 +135,7 @@ def measure_stages(step: Staged, device: str, ahead: int = 0) -> tuple[Times, fl
 
 
 def finish(step: Generator[str, None, Any]) -> Any:
-    """Run a staged call to its end and return its result."""
+    """Run a call with phases to its end and return its result."""
     while True:
         try:
             next(step)

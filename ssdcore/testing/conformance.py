@@ -1,4 +1,4 @@
-"""Checks that a detection operator conforms to its contract. They can test any implementation.
+"""Checks that a detection op conforms to its contract. They can test any implementation.
 
     from ssdcore.testing import conformance
 

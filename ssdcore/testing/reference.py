@@ -1,4 +1,4 @@
-"""The oracles: every operator in NumPy float64, one box at a time, written so that it is obviously correct.
+"""The oracles: every op in NumPy float64, one box at a time, written so that it is obviously correct.
 
 An oracle has the contract of the function with the same name in `ssdcore.kernels`, and shares no code with it. The
 arguments are NumPy arrays, and the results are float64 and integer NumPy arrays.

@@ -1,4 +1,4 @@
-"""Hypothesis strategies that generate problems for detection operators, with unambiguous correct answers.
+"""Hypothesis strategies that generate problems for detection ops, with unambiguous correct answers.
 
 A problem is a dict of NumPy arrays and settings, with the names of the arguments of the function in `ssdcore.kernels`.
 `conformance.to_tensors` turns the arrays into tensors, so that `function(**to_tensors(problem))` is a valid call.

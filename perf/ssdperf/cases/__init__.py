@@ -5,5 +5,5 @@ from ssdperf.cases import boxes, nms, postprocess, training  # noqa: F401 - impo
 LEFT_OUT: dict[str, str] = {}  # names of the cases that this machine cannot run, and why
 try:
     from ssdperf.cases import detector  # noqa: F401
-except ModuleNotFoundError as error:  # the detector reads images and draws its data set; the ops need neither
+except ModuleNotFoundError as error:  # the detector reads images and draws its dataset; the ops need neither
     LEFT_OUT = dict.fromkeys(("training step", "inference"), str(error))

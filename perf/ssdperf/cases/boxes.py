@@ -5,7 +5,7 @@ import torchvision
 from torchvision.models.detection._utils import BoxCoder
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.registry import BATCHES, SSD_QUICK, SSD_SWEEP, Workload, case, ssd, star, without
 from ssdperf.ssd300 import BOX_WEIGHTS
 
@@ -30,7 +30,7 @@ def box_iou(device: str, dtype: torch.dtype, N: int, M: int) -> Workload:
         {
             "ssdcore": lambda: kernels.box_iou(boxes, anchors),
             "torchvision": lambda: torchvision.ops.box_iou(boxes, anchors),
-            "eager": lambda: baseline.box_iou(boxes, anchors),
+            "eager": lambda: eager.box_iou(boxes, anchors),
         },
         reads=(boxes, anchors),
     )
@@ -45,7 +45,7 @@ def encode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
         {
             "ssdcore": lambda: kernels.encode_boxes(boxes, anchors),
             "torchvision": lambda: coder.encode_single(flat_boxes, flat_anchors).view(B, A, 4),
-            "eager": lambda: baseline.encode_boxes(boxes, anchors, BOX_WEIGHTS),
+            "eager": lambda: eager.encode_boxes(boxes, anchors, BOX_WEIGHTS),
         },
         reads=(boxes, anchors),
     )
@@ -60,7 +60,7 @@ def decode_boxes(device: str, dtype: torch.dtype, B: int, A: int) -> Workload:
         {
             "ssdcore": lambda: kernels.decode_boxes(deltas, anchors),
             "torchvision": lambda: coder.decode_single(flat_deltas, flat_anchors).view(B, A, 4),
-            "eager": lambda: baseline.decode_boxes(deltas, anchors, BOX_WEIGHTS),
+            "eager": lambda: eager.decode_boxes(deltas, anchors, BOX_WEIGHTS),
         },
         reads=(deltas, anchors),
     )

@@ -64,7 +64,7 @@ def training_step(device: str, dtype: torch.dtype, model: str, B: int, layout: s
         providers,
         reference="torchvision" if theirs else "ssdcore",
         difference=within(NEAR_TIE),
-        staged=True,
+        phased=True,
         ahead=loaders[0].ahead,
         close=lambda: [loader.close() for loader in loaders],
     )
@@ -83,7 +83,7 @@ def inference(device: str, dtype: torch.dtype, model: str, B: int, layout: str) 
     if theirs:
         providers["torchvision"] = _detect_torchvision(theirs.eval(), images, _autocast(device, dtype), layout)
     return Workload(
-        providers, reference="torchvision" if theirs else "ssdcore", difference=same_detections, staged=True
+        providers, reference="torchvision" if theirs else "ssdcore", difference=same_detections, phased=True
     )
 
 
@@ -135,7 +135,7 @@ def _autocast(device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _dataset() -> tuple[DetectionDataset, tempfile.TemporaryDirectory[str]]:
-    """Return a drawn data set, and the folder that holds it, which is removed when the process ends."""
+    """Return a drawn dataset, and the folder that holds it, which is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="ssdcore-perf-")
     root = make_synthetic(f"{folder.name}/shapes", train=IMAGES_ON_DISK, val=0, progress=False)
     dataset = open_dataset(root, "train")
@@ -220,7 +220,7 @@ def _train_ours(
 def _train_torchvision(
     model: TorchvisionSSD, batches: _Batches, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
-    """Return a step that does what the model's `forward` does, in stages that can be told apart."""
+    """Return a step that does what the model's `forward` does, in phases that can be told apart."""
     device = next(model.parameters()).device
     optimizer = _sgd(model)
 
@@ -275,7 +275,7 @@ def _detect_ours(model: SSD, images: Tensor, autocast: AbstractContextManager[An
 def _detect_torchvision(
     model: TorchvisionSSD, images: Tensor, autocast: AbstractContextManager[Any], layout: str
 ) -> Callable[[], Step]:
-    """Return a step that does what the model's `forward` does, in stages that can be told apart."""
+    """Return a step that does what the model's `forward` does, in phases that can be told apart."""
     device = next(model.parameters()).device
     sizes = [(IMAGE_SIZE, IMAGE_SIZE)] * len(images)
 

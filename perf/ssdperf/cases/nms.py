@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.differences import same_kept
 from ssdperf.registry import BATCHES, BOX_SWEEP, SSD_SWEEP, Workload, case, grid, star
 
@@ -40,7 +40,7 @@ def nms(device: str, dtype: torch.dtype, N: int, boxes: str) -> Workload:
     providers = {
         "ssdcore": lambda: kernels.nms(corners, scores, IOU_THRESHOLD),
         "torchvision": lambda: torchvision.ops.nms(corners, scores, IOU_THRESHOLD),
-        "eager": lambda: baseline.nms(corners, scores, None, IOU_THRESHOLD),
+        "eager": lambda: eager.nms(corners, scores, None, IOU_THRESHOLD),
     }
     conch = conch_nms()
     if conch and device == "cuda" and N <= CONCH_MAX_BOXES:
@@ -65,7 +65,7 @@ def batched_nms(device: str, dtype: torch.dtype, N: int, K: int, boxes: str = "c
         {
             "ssdcore": lambda: kernels.batched_nms(corners, scores, idxs, IOU_THRESHOLD),
             "torchvision": lambda: torchvision.ops.batched_nms(corners, scores, idxs, IOU_THRESHOLD),
-            "eager": lambda: baseline.nms(corners, scores, idxs, IOU_THRESHOLD),
+            "eager": lambda: eager.nms(corners, scores, idxs, IOU_THRESHOLD),
         },
         reads=(corners, scores, idxs),
     )
@@ -87,7 +87,7 @@ def batched_nms_padded(device: str, dtype: torch.dtype, B: int, N: int, K: int, 
             "torchvision": lambda: [
                 torchvision.ops.batched_nms(*image, IOU_THRESHOLD) for image in zip(corners, scores, idxs, strict=True)
             ],
-            "eager": lambda: baseline.batched_nms_padded(corners, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT, None),
+            "eager": lambda: eager.batched_nms_padded(corners, scores, idxs, IOU_THRESHOLD, MAX_OUTPUT, None),
         },
         reads=(corners, scores, idxs),
         difference=same_kept,

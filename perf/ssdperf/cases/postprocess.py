@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.cases.peers import torchvision_ssd
 from ssdperf.differences import same_detections
 from ssdperf.registry import BATCHES, SSD_STAR, SSD_SWEEP, Shape, Workload, case, ssd, star, without
@@ -44,7 +44,7 @@ def postprocess(device: str, dtype: torch.dtype, B: int, A: int, C: int, head: s
         {
             "ssdcore": lambda: kernels.postprocess_detections(*arguments, anchors, image_sizes),
             "torchvision": by_torchvision,
-            "eager": lambda: baseline.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
+            "eager": lambda: eager.postprocess_detections(*levels, anchors, image_sizes, BOX_WEIGHTS, *SETTINGS),
         },
         reads=head_outputs[0],  # and the deltas of the candidates, which after training are one anchor in a hundred
         difference=same_detections,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import SSDMatcher
 
 from ssdcore import kernels
-from ssdperf import baseline, inputs
+from ssdperf import eager, inputs
 from ssdperf.cases.peers import torchvision_ssd
 from ssdperf.differences import NEAR_TIE, same_matches, within
 from ssdperf.registry import BATCHES, SSD_QUICK, SSD_STAR, SSD_SWEEP, Workload, case, ssd, star, without
@@ -39,7 +39,7 @@ def match_anchors(device: str, dtype: torch.dtype, B: int, A: int, G: int) -> Wo
         {
             "ssdcore": lambda: kernels.match_anchors(truth.boxes, truth.offsets, anchors),
             "torchvision": lambda: torch.stack(match_by_torchvision(images, anchors)),
-            "eager": lambda: baseline.match_anchors(truth.boxes, truth.offsets, anchors, IOU_THRESHOLD),
+            "eager": lambda: eager.match_anchors(truth.boxes, truth.offsets, anchors, IOU_THRESHOLD),
         },
         reads=(truth.boxes, anchors),
         difference=same_matches,
@@ -60,7 +60,7 @@ class _Loss:
         return kernels.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors)
 
     def match_by_eager(self) -> Tensor:
-        return baseline.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors, IOU_THRESHOLD)
+        return eager.match_anchors(self.truth.boxes, self.truth.offsets, self.anchors, IOU_THRESHOLD)
 
     def ssdcore(self, matched: Tensor) -> list[Tensor]:
         truth = (self.truth.boxes, self.truth.labels, self.truth.offsets, self.anchors)
@@ -72,8 +72,8 @@ class _Loss:
         levels = [inputs.as_levels(x) for x in (self.logits, self.deltas)]
         _, beta, *_ = LOSS_SETTINGS
         with torch.no_grad():
-            *losses, lse, selected, scale = baseline.multibox_loss(*levels, *truth, BOX_WEIGHTS, *LOSS_SETTINGS)
-            gradients = baseline.multibox_loss_backward(
+            *losses, lse, selected, scale = eager.multibox_loss(*levels, *truth, BOX_WEIGHTS, *LOSS_SETTINGS)
+            gradients = eager.multibox_loss_backward(
                 self.grad_loss, self.grad_loss, *levels, *truth, lse, selected, scale, BOX_WEIGHTS, beta
             )
         pairs = zip(gradients, self.leaves, strict=True)
