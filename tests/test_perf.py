@@ -322,6 +322,17 @@ def test_a_call_is_replayed_unless_it_is_known_to_wait(
     assert found["conch"]["status"] == "failed" and "replay" not in found["conch"]
 
 
+def test_a_call_that_cannot_be_captured_keeps_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot_capture(_: Callable[[], Any]) -> None:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(counting, "count", lambda *_: counting.Counts(1, None, None))
+    monkeypatch.setattr(timing, "measure", lambda calls, _: dict.fromkeys(calls, timing.Times(2.0, 2.0, 2.0, 9)))
+    monkeypatch.setattr(timing, "measure_replay", cannot_capture)
+    found = measurement.measured({"ssdcore": lambda: None}, "cuda")["ssdcore"]
+    assert found["median"] == 2.0 and found["note"] == "no replay: RuntimeError: not permitted"
+
+
 def test_inputs_that_cannot_be_built_are_reported() -> None:
     def build(device: str, dtype: torch.dtype) -> Workload:
         raise MemoryError("too large")

@@ -51,8 +51,8 @@ def left_out_text() -> str:
 
 def notes(found: Results) -> str:
     """Return a line for each provider that was not timed."""
-    untimed = [row for row in found.rows if row.note]
-    return "".join(f"{row.status}: {' '.join(row.key)}, {row.provider}: {row.note}\n" for row in untimed)
+    noted = [row for row in found.rows if row.note]
+    return "".join(f"{row.status}: {' '.join(row.key)}, {row.provider}: {row.note}\n" for row in noted)
 
 
 def rows_of(case: Case, shape: Shape, device: str, bandwidth: float, compiled: bool) -> list[Row]:
@@ -165,12 +165,17 @@ def measured(calls: Mapping[str, Callable[[], Any]], device: str) -> dict[str, d
         for name, call in sound.items():
             # None if the profiler does not see the GPU. `measure_replay` looks for waits itself.
             if "status" not in found[name] and not found[name]["syncs"]:
-                attempt(name, lambda call=call: _replay(call))
+                found[name] |= _replay(call)
     return found
 
 
-def _replay(call: Callable[[], Any]) -> dict[str, float]:
-    times = timing.measure_replay(call)
+def _replay(call: Callable[[], Any]) -> dict[str, Any]:
+    """The times of a replay; or a note, if the call cannot be captured, because its own times are known already."""
+    try:
+        times = timing.measure_replay(call)
+    except Exception as error:
+        stop_if_gpu_is_lost(error)
+        return {"note": f"no replay: {error_text(error)}"}
     return {"replay": times.median, "replay_p10": times.p10, "replay_p90": times.p90} if times else {}
 
 
