@@ -1,4 +1,4 @@
-"""The operators conform to the oracles, and the conformance suite detects broken operators."""
+"""The ops conform to the oracles, and the conformance suite detects broken ops."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +80,6 @@ def _postprocess_without_clipping(*args: Any, image_sizes: Tensor, **settings: A
         (conformance.check_postprocess_detections, _postprocess_without_clipping),
     ],
 )
-def test_the_suite_detects_broken_operators(check: Any, broken: Any, without_shrinking: None) -> None:
+def test_the_suite_detects_broken_ops(check: Any, broken: Any, without_shrinking: None) -> None:
     with pytest.raises(AssertionError):
         check(broken, max_examples=1000)

@@ -49,6 +49,19 @@ def test_equal_scores_are_ordered_by_class_then_anchor(backend: Backend) -> None
     assert found.boxes[0, :, 0].tolist() == [0, 20, 40, 0, 20]
 
 
+@pytest.mark.parametrize("num_between", [0, 40])  # 40: the kernel takes 32 candidates at once
+def test_an_iou_equal_to_the_threshold_does_not_suppress(backend: Backend, num_between: int) -> None:
+    anchors = torch.tensor([0.0, 0, 10, 10]).repeat(num_between + 2, 1)
+    anchors[1:-1] += 20.0 * torch.arange(1, num_between + 1)[:, None]  # apart from all others
+    anchors[-1, 3] = 5.0  # its IoU with the first is a half
+    logits = torch.zeros(1, len(anchors), 2)
+    logits[0, :, 1] = torch.linspace(1, 0.5, len(anchors))
+    sizes = torch.tensor([[1000, 1000]])
+    for threshold, suppressed in ((0.5, 0), (0.5 - 1e-9, 1)):
+        found = run(backend, logits, torch.zeros(1, len(anchors), 4), anchors, sizes, iou_threshold=threshold)
+        assert found.num_detections.tolist() == [len(anchors) - suppressed]
+
+
 @pytest.mark.parametrize(("num_apart", "wanted"), [(3, 20), (40, 20), (40, 3)])
 def test_worse_candidates_replace_suppressed_ones(backend: Backend, num_apart: int, wanted: int) -> None:
     # The best anchors of both classes lie on one another, so that few are kept. The worst anchors lie apart.
