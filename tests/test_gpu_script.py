@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,15 @@ def test_the_output_of_a_command_is_shown_and_logged(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out == log
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in a shell's background"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What this process, and every process that it starts, does with SIGINT."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_command_is_asked_to_end_and_can_save_its_work(tmp_path: Path) -> None:
     code = "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved'); sys.exit(130)"
     started = time.monotonic()

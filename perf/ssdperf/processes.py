@@ -52,6 +52,7 @@ def run_limited(
         cwd=folder,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -71,6 +72,11 @@ def run_limited(
             process.wait()
             reader.join(READ_S)
     return Ending(process.returncode, out_of_time)
+
+
+def _heed_interrupts() -> None:
+    """Undo that a shell starts its background jobs, and all that these start, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _copy(output: IO[str], log: IO[str]) -> None:
