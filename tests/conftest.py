@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from ssdcore.kernels import registry
+from ssdcore.kernels.nms import eager as nms_eager
 
 registry.INTERPRETED = False  # CPU tensors run eager code, unless a test uses the fixture `backend`
 
@@ -64,6 +65,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "INTERPRETED", on_triton and not cuda)
         patch.setattr(torch, "empty", _empty_as_nan(torch.empty))
+        # Our own code decides, also where torchvision's kernel would be faster.
+        patch.setattr(nms_eager, "_torchvision_nms", lambda: None)
         for name in ("new_empty", "new_empty_strided"):  # the gradients of the loss are allocated with these
             patch.setattr(torch.Tensor, name, _empty_as_nan(getattr(torch.Tensor, name)))
         device = "cuda" if on_triton and cuda else "cpu"

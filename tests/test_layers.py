@@ -14,13 +14,12 @@ THIRD_PARTY = {"torch", "triton", "numpy", "hypothesis", "torchvision", "pycocot
 SUBJECTS = ("boxes", "matching", "multibox", "nms", "postprocess")
 
 # Shared host code of kernels/, lowest layer first: a file may import those before it.
-SHARED = ("rules", "checks", "levels", "registry")
+SHARED = ("rules", "checks", "sorting", "levels", "registry")
 DEVICE = {f"ssdcore.kernels.device.{name}" for name in ("boxmath", "constant", "head", "selection")}
 # An op that is built from another op uses the eager code of that op, never its kernels.
 EAGER_USES = {
-    "matching": {"ssdcore.kernels.boxes.eager"},
     "multibox": {"ssdcore.kernels.boxes.eager"},
-    "nms": {"ssdcore.kernels.boxes.eager"},
+    "nms": {"ssdcore.kernels.nms.overlaps"},
     "postprocess": {"ssdcore.kernels.boxes.eager", "ssdcore.kernels.nms.eager"},
 }
 TESTING = {
@@ -52,13 +51,15 @@ def allowed_imports(file: str) -> set[str]:
     if file == "kernels/__init__.py":
         return shared(*(f"{subject}.op" for subject in SUBJECTS))
     if folder == "kernels":
-        return {"torch", *shared(*SHARED[: SHARED.index(name)])}
+        return {"torch", "numpy", *shared(*SHARED[: SHARED.index(name)])}
     if name == "__init__":
         return set()
     if subject == "device":
         return {"torch", "triton", *DEVICE, *shared("rules", "levels")}
     if name == "eager":
-        return {"torch", "numpy", *shared("rules", "levels"), *EAGER_USES.get(subject, set())}
+        return {"torch", "numpy", *shared("rules", "sorting", "levels"), *EAGER_USES.get(subject, set())}
+    if file == "kernels/nms/overlaps.py":
+        return {"numpy", *shared("sorting")}
     if name == "triton":
         return {"torch", "triton", *DEVICE, *shared("rules", "levels")}
     assert name == "op" and subject in SUBJECTS, f"{file} has no place in the layout"

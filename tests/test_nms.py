@@ -154,7 +154,7 @@ def test_more_images_than_one_axis_of_a_grid_takes(backend: Backend) -> None:
     assert count.unique().tolist() == [1]
 
 
-# Classes of equal and of different sizes, around the sizes that eager code settles together.
+# Classes of equal and of different sizes.
 @pytest.mark.parametrize(
     "sizes", [[5] * 70, [1, 2, 3, 40, 300], [1] * 300, [16] * 20, [17] * 20, [130] * 30 + [600], [300]]
 )
