@@ -132,20 +132,39 @@ def empty_gradients(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) 
 def gather_rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor) -> Tensor:
     """The rows [S, C] of the anchors `anchor` [S] in the images `image` [S], widened."""
     if len(levels) == 1 and levels[0].shape[2] == 1:
-        return widen(levels[0][image, anchor, 0])
+        return widen(_take(levels[0], (image, anchor, torch.zeros_like(anchor))))
     rows = widen(levels[0].new_empty(len(anchor), levels[0].shape[3]))
     for level, on_level, index in _index_by_level(levels, image, anchor):
-        rows[on_level] = widen(level[index])
+        rows[on_level] = widen(_take(level, index))
     return rows
 
 
 def scatter_rows(levels: Sequence[Tensor], image: Tensor, anchor: Tensor, rows: Tensor) -> None:
     """Write `rows` [S, C] to the anchors `anchor` [S] in the images `image` [S]."""
     if len(levels) == 1 and levels[0].shape[2] == 1:
-        levels[0][image, anchor, 0] = rows.to(levels[0].dtype)
+        _put(levels[0], (image, anchor, torch.zeros_like(anchor)), rows)
         return
     for level, on_level, index in _index_by_level(levels, image, anchor):
-        level[index] = rows[on_level].to(level.dtype)
+        _put(level, index, rows[on_level])
+
+
+def _take(level: Tensor, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """`level[index]`."""
+    # PyTorch divides even a hundred rows among threads. NumPy, which has no bfloat16, does not.
+    if not level.is_cpu or torch.compiler.is_compiling():
+        return level[index]
+    bits = level.view(torch.int16) if level.dtype == torch.bfloat16 else level
+    return torch.from_numpy(bits.numpy()[tuple(x.numpy() for x in index)]).view(level.dtype)
+
+
+def _put(level: Tensor, index: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:
+    """`level[index] = rows`."""
+    rows = rows.to(level.dtype)
+    if not level.is_cpu or torch.compiler.is_compiling():
+        level[index] = rows
+        return
+    bits, row_bits = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x for x in (level, rows))
+    bits.numpy()[tuple(x.numpy() for x in index)] = row_bits.numpy()
 
 
 def _index_by_level(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssdcore.kernels.rules import MAX_LOG_SCALE, computed_dtype, widen
+from ssdcore.kernels.rules import MAX_LOG_SCALE, computed_dtype, exp, log, widen
 
 
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -35,8 +35,8 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Te
         (
             wx * (cx - anchor_cx) / anchor_width,
             wy * (cy - anchor_cy) / anchor_height,
-            ww * torch.log(width / anchor_width),
-            wh * torch.log(height / anchor_height),
+            ww * log(width / anchor_width),
+            wh * log(height / anchor_height),
         ),
         dim=-1,
     )
@@ -48,8 +48,8 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> T
     anchor_cx, anchor_cy, anchor_width, anchor_height = _centre_and_size(anchors.to(computed_dtype(deltas)))
     cx = dx / wx * anchor_width + anchor_cx
     cy = dy / wy * anchor_height + anchor_cy
-    half_width = 0.5 * (torch.exp((dw / ww).clamp(max=MAX_LOG_SCALE)) * anchor_width)
-    half_height = 0.5 * (torch.exp((dh / wh).clamp(max=MAX_LOG_SCALE)) * anchor_height)
+    half_width = 0.5 * (exp((dw / ww).clamp(max=MAX_LOG_SCALE)) * anchor_width)
+    half_height = 0.5 * (exp((dh / wh).clamp(max=MAX_LOG_SCALE)) * anchor_height)
     return torch.stack((cx - half_width, cy - half_height, cx + half_width, cy + half_height), dim=-1)
 
 
@@ -59,8 +59,8 @@ def decode_boxes_backward(grad: Tensor, deltas: Tensor, anchors: Tensor, weights
     _, _, dw, dh = widen(deltas).unbind(-1)
     _, _, anchor_width, anchor_height = _centre_and_size(anchors.to(computed_dtype(deltas)))
     log_width, log_height = dw / ww, dh / wh
-    width_slope = torch.where(log_width <= MAX_LOG_SCALE, torch.exp(log_width) * anchor_width, 0.0)
-    height_slope = torch.where(log_height <= MAX_LOG_SCALE, torch.exp(log_height) * anchor_height, 0.0)
+    width_slope = torch.where(log_width <= MAX_LOG_SCALE, exp(log_width) * anchor_width, 0.0)
+    height_slope = torch.where(log_height <= MAX_LOG_SCALE, exp(log_height) * anchor_height, 0.0)
     grad_deltas = torch.stack(
         (
             (grad_x1 + grad_x2) * anchor_width / wx,

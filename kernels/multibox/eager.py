@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ssdcore.kernels.boxes.eager import encode_boxes
 from ssdcore.kernels.levels import empty_gradients, gather_rows, scatter_rows
-from ssdcore.kernels.rules import widen
+from ssdcore.kernels.rules import exp, nonzero, widen
 
 LOGITS_AT_ONCE = 2**20  # on a CPU: four megabytes, which the cache holds
 
@@ -45,7 +45,7 @@ def multibox_loss(
     """
     batch, num_anchors = matched_idxs.shape
     is_positive = matched_idxs >= 0
-    image, anchor = is_positive.nonzero(as_tuple=True)
+    image, anchor = nonzero(is_positive)
     positives = _assign(
         image, anchor, matched_idxs[image, anchor], gt_labels, gt_offsets, num_classes=cls_logits[0].shape[-1]
     )
@@ -187,7 +187,7 @@ def multibox_loss_backward(
     grads = [grad.zero_() for grad in empty_gradients(cls_logits, box_deltas)]
     grad_logits, grad_deltas = grads[: len(cls_logits)], grads[len(cls_logits) :]
     # With seven objects per image, about one row in eighty is selected. Other rows cost their zeros and are never read.
-    image, anchor = selected.nonzero(as_tuple=True)
+    image, anchor = nonzero(selected)
     gt_index = matched_idxs[image, anchor]
     is_positive = (gt_index >= 0).nonzero()[:, 0]
     positives = _assign(
@@ -199,7 +199,7 @@ def multibox_loss_backward(
         num_classes=cls_logits[0].shape[-1],
     )
 
-    gradient = torch.exp(gather_rows(cls_logits, image, anchor) - lse[image, anchor, None])  # [S, C] softmax
+    gradient = exp(gather_rows(cls_logits, image, anchor) - lse[image, anchor, None])  # [S, C] softmax
     label = torch.zeros_like(gt_index).index_copy_(0, is_positive, positives.label)  # [S]
     gradient.scatter_add_(1, label[:, None], gradient.new_full((len(label), 1), -1.0))
     gradient[is_positive[~positives.valid]] = math.nan
