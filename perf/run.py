@@ -6,6 +6,7 @@ sets and the share of the floor that ssdcore reaches. perf/README.md says how to
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ssdperf import benchmark, comparison, environment, measurement, results, tables, timing
+from ssdperf.busy import one_core_busy
 from ssdperf.progress import UNFINISHED
 from ssdperf.results import Results
 
@@ -30,6 +32,9 @@ def arguments_parser() -> argparse.ArgumentParser:
         default=math.inf,
         help="begin no shape after this time; the first shapes of all cases come before all others. Without --case and "
         "--quick it needs --output or --resume, because an unfinished run would overwrite the results of a full run",
+    )
+    parser.add_argument(
+        "--busy", action="store_true", help="keep a core busy with another process all the while; the results say so"
     )
     parser.add_argument("--list", action="store_true", help="print the cases and their shapes, and stop")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="print what changed since these results")
@@ -69,18 +74,19 @@ def main() -> int:
         print(measurement.left_out_text(), end="")
         return 0
 
-    facts = environment.facts(arguments.device) | {"quick": arguments.quick}
+    facts = environment.facts(arguments.device) | {"quick": arguments.quick, "busy": arguments.busy}
     output = arguments.output
     if output is None and saved_by_default:
-        output = FOLDER / f"{environment.file_stem(facts['device'])}.json"
+        output = FOLDER / f"{environment.file_stem(facts['device'])}{'-busy' if arguments.busy else ''}.json"
     try:
         baseline = results.load(arguments.baseline) if arguments.baseline else None
         found = benchmark.resumed(output, facts) if arguments.resume and output.exists() else None
     except ValueError as error:
         parser.error(str(error))
-    if found is None:
-        found = Results(facts | {"bandwidth": round(timing.copy_bandwidth(arguments.device))}, [])
-    found, left = benchmark.run(work, found, minutes=arguments.minutes, output=output)
+    with one_core_busy() if arguments.busy else contextlib.nullcontext():
+        if found is None:
+            found = Results(facts | {"bandwidth": round(timing.copy_bandwidth(arguments.device))}, [])
+        found, left = benchmark.run(work, found, minutes=arguments.minutes, output=output)
 
     print(tables.table(found))
     if any(row.stages for row in found.rows):

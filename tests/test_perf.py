@@ -33,6 +33,7 @@ from ssdperf import (
     text,
     timing,
 )
+from ssdperf.busy import one_core_busy
 from ssdperf.cases import detector
 from ssdperf.differences import same_detections, same_kept, same_matches, within
 from ssdperf.progress import FAILED, PASSED, Progress
@@ -538,6 +539,15 @@ def made_up_problems(built: list[str]) -> list[benchmark.Problem]:
 
 
 CPU_FACTS = {**FACTS, "bandwidth": 1e9}
+
+
+def test_a_busy_core_is_busy_and_the_result_says_so() -> None:
+    before = os.times().children_user  # of ended children
+    with one_core_busy():
+        time.sleep(0.5)
+    assert os.times().children_user - before > 0.1  # less than 0.5, because it starts, and other processes run too
+    assert "another process keeps a core busy" in tables.machine_text({**FACTS, "busy": True})
+    assert "busy" not in tables.machine_text(FACTS)
 
 
 def test_headlines_are_measured_first_and_rows_keep_the_order_of_the_cases(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ssdperf.results import Key, Results, Row, shape_text
 
 # The facts that must be equal for two runs to share a file. Besides the commit there is a hash of the code, because a
 # copy without git's history does not tell whether its code is that of the commit.
-SHARED_FACTS = ("device", "kind", "quick", "commit", "code", "torch", "triton", "torchvision")
+SHARED_FACTS = ("device", "kind", "busy", "quick", "commit", "code", "torch", "triton", "torchvision")
 
 
 class Problem(NamedTuple):

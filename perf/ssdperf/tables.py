@@ -7,7 +7,8 @@ from ssdperf.text import bytes_text, ratio_text, share_text, text_table, time_te
 
 
 def machine_text(facts: dict[str, Any]) -> str:
-    return facts["device"] + (f", {facts['threads']} threads" if facts.get("threads") else "")
+    threads = f", {facts['threads']} threads" if facts.get("threads") else ""
+    return facts["device"] + threads + (", another process keeps a core busy" if facts.get("busy") else "")
 
 
 def device_text(facts: dict[str, Any]) -> str:

@@ -114,7 +114,6 @@ def multibox_loss(device: str, dtype: torch.dtype, B: int, A: int, C: int, G: in
 
 @case(
     "criterion",
-    compiles=True,
     shapes=SSD_STAR,
     quick=SSD_QUICK,
     sweep={**SSD_SWEEP, "G": (1, 3, 10, 30, 100)},
