@@ -19,7 +19,7 @@ def match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, iou_thr
     dtype = torch.promote_types(computed_dtype(gt_boxes), computed_dtype(anchors))
     truths, boxes = (np.ascontiguousarray(x.to("cpu", dtype).numpy().T) for x in (gt_boxes, anchors))  # [4, T], [4, A]
     offsets = gt_offsets.tolist()
-    matched = np.full((len(offsets) - 1, len(anchors)), -1)
+    matched = np.full((len(offsets) - 1, len(anchors)), -1, dtype=np.int64)
     if matched.size:
         for image, (first, end) in enumerate(pairwise(offsets)):
             _match_image(truths[:, first:end], boxes, boxes.dtype.type(iou_threshold), matched[image])

@@ -69,7 +69,7 @@ def batched_nms_padded(
     num_kept = np.bincount(image, minlength=batch)
     slot = np.arange(len(order)) - (num_kept.cumsum() - num_kept).take(image)
     returned = slot < max_output
-    output = np.full((batch, max_output), -1)
+    output = np.full((batch, max_output), -1, dtype=np.int64)
     output[image[returned], slot[returned]] = order[returned] - image[returned] * num_boxes
     num_kept = num_kept.clip(max=max_output).astype(np.int32)
     return torch.from_numpy(output).to(boxes.device), torch.from_numpy(num_kept).to(boxes.device)

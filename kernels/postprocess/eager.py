@@ -41,7 +41,7 @@ def postprocess_detections(
     batch, _, _, num_classes = cls_logits[0].shape
     boxes = np.zeros((batch, max_detections, 4), dtype=np.float32)
     scores = np.zeros((batch, max_detections), dtype=np.float32)
-    labels = np.full((batch, max_detections), -1)
+    labels = np.full((batch, max_detections), -1, dtype=np.int64)
     num_detections = np.zeros(batch, dtype=np.int32)
 
     # Whether a candidate is kept depends on the better candidates of its class alone. So once `max_detections` of those
