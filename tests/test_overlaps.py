@@ -79,3 +79,13 @@ def test_many_boxes(num_boxes: int, num_groups: int) -> None:
     assert (found == expected).all() and len(first) == expected.sum()
     found = overlaps.overlapped(boxes[::2], group[::2], boxes[1::2], group[1::2], 0.4)
     assert (found == by_comparison(boxes[::2], group[::2], boxes[1::2], group[1::2], 0.4).any(axis=1)).all()
+
+
+def test_small_groups_beside_a_large_one_take_little_memory() -> None:
+    sizes = np.array([5000] + [1] * 3000)
+    boxes = np.random.default_rng(0).random((sizes.sum(), 4), dtype=np.float32)
+    depth = overlaps._depth(sizes, sizes)
+    tree = overlaps._tree_of(boxes, np.repeat(np.arange(len(sizes)), sizes), sizes, depth, 0.5)
+    # A group of one box takes a node of eight on each level.
+    assert sum(level.members[0].size for level in tree.levels) < 2 * 5000 + 3000 * overlaps.FANOUT * depth
+    assert depth == 3

@@ -25,11 +25,18 @@ CELLS = 256  # of a grid over the boxes, along each axis
 SPREAD_BITS = np.array([sum((x >> bit & 1) << 2 * bit for bit in range(8)) for x in range(CELLS)])
 
 
-class Tree(NamedTuple):
-    """Boxes in a tree for each group. NaN fills up the nodes at the end of each group."""
+class Level(NamedTuple):
+    """The nodes at one height. The nodes of a group follow each other, and NaN fills up the last node of each group."""
 
-    levels: list[np.ndarray]  # [5, FANOUT, nodes], leaves first: what each node holds, as `_bounds` gives it
-    box: np.ndarray  # the index of the box at each place: leaf * FANOUT + place in the leaf
+    members: np.ndarray  # [5, FANOUT, nodes]: the bounds of what each node holds
+    first_member: np.ndarray  # [nodes]: the number of each node's first member on the level below
+
+
+class Tree(NamedTuple):
+    """Boxes in a tree for each group."""
+
+    levels: list[Level]  # leaves first
+    order: np.ndarray  # [M]: the boxes, as the members of the leaves are numbered
     first_root: np.ndarray  # [P + 1]: the first root of each group
 
 
@@ -129,15 +136,16 @@ def _compare_trees(tree: Tree, other: Tree) -> tuple[np.ndarray, np.ndarray]:
         found = [(np.empty(0, dtype=np.int64),) * 2]
         for start in range(0, len(first), PAIRS_AT_ONCE):
             i, j = first[start : start + PAIRS_AT_ONCE], second[start : start + PAIRS_AT_ONCE]
-            flat = _near(level.take(i, axis=2)[:, :, None], other_level.take(j, axis=2)[:, None])
+            flat = _near(level.members.take(i, axis=2)[:, :, None], other_level.members.take(j, axis=2)[:, None])
             places, pair = np.divmod(flat, len(i))
-            below, other_below = i.take(pair) * FANOUT + places // FANOUT, j.take(pair) * FANOUT + places % FANOUT
+            below = level.first_member.take(i).take(pair) + places // FANOUT
+            other_below = other_level.first_member.take(j).take(pair) + places % FANOUT
             if tree is other:
                 once = below <= other_below
                 below, other_below = below.compress(once), other_below.compress(once)
             found.append((below, other_below))
         first, second = (np.concatenate(x) for x in zip(*found, strict=True))
-    return tree.box.take(first), other.box.take(second)
+    return tree.order.take(first), other.order.take(second)
 
 
 def _root_pairs(tree: Tree, other: Tree) -> tuple[np.ndarray, np.ndarray]:
@@ -155,38 +163,31 @@ def _root_pairs(tree: Tree, other: Tree) -> tuple[np.ndarray, np.ndarray]:
 
 def _depth(sizes: np.ndarray, other_sizes: np.ndarray) -> int:
     """The number of levels for two trees with these many boxes in each group."""
-    depth, largest = 1, max(sizes.max(), other_sizes.max())
-    while largest > FANOUT**depth:
-        roots, other_roots = (-(-x // FANOUT**depth) for x in (sizes, other_sizes))
-        if (roots * other_roots).sum() <= ROOT_PAIRS:
-            break
-        depth += 1
+    roots, other_roots, depth = -(-sizes // FANOUT), -(-other_sizes // FANOUT), 1
+    while (roots * other_roots).sum() > ROOT_PAIRS + len(sizes):  # a group has one pair at least
+        roots, other_roots, depth = -(-roots // FANOUT), -(-other_roots // FANOUT), depth + 1
     return depth
 
 
 def _tree_of(boxes: np.ndarray, group: np.ndarray, sizes: np.ndarray, depth: int, threshold: float) -> Tree:
     """The tree of `boxes` [M, 4], which are sorted by `group` [M]; `sizes` [P] counts the boxes of each group."""
-    boxes_per_root = FANOUT**depth
-    first_root = np.concatenate(([0], (-(-sizes // boxes_per_root)).cumsum()))
-    # Each group begins with a new root.
-    shift = first_root[:-1] * boxes_per_root - (sizes.cumsum() - sizes)
-    place = np.arange(len(boxes)) + shift.take(group)
     order = _order_in_space(boxes, group)
-    corners = np.full((4, first_root[-1] * boxes_per_root), np.nan, dtype=boxes.dtype)
-    corners[:, place] = boxes.take(order, axis=0).T
-    index = np.zeros(corners.shape[1], dtype=np.int64)
-    index[place] = order
-
-    bounds = _bounds(corners, threshold)
-    bounds[4] = np.where(np.isnan(corners[0]), np.nan, bounds[4])
+    bounds = _bounds(boxes.take(order, axis=0).T, threshold)
     levels = []
     for _ in range(depth):
-        held = bounds.reshape(5, -1, FANOUT)
-        levels.append(np.ascontiguousarray(held.transpose(0, 2, 1)))
+        nodes = -(-sizes // FANOUT)
+        first_node = np.concatenate(([0], nodes.cumsum()))
+        # Each group begins with a new node.
+        shift = first_node[:-1] * FANOUT - (sizes.cumsum() - sizes)
+        members = np.full((5, first_node[-1] * FANOUT), np.nan, dtype=boxes.dtype)
+        members[:, np.arange(bounds.shape[1]) + np.repeat(shift, sizes)] = bounds
+        members = members.reshape(5, -1, FANOUT)
+        first_member = np.arange(first_node[-1]) * FANOUT - np.repeat(shift, nodes)
+        levels.append(Level(np.ascontiguousarray(members.transpose(0, 2, 1)), first_member))
         # `fmin` and `fmax` pass over NaN.
-        low, high = np.fmin.reduce(held[:2], axis=2), np.fmax.reduce(held[2:4], axis=2)
-        bounds = np.stack((*low, *high, np.fmin.reduce(held[4], axis=1)))
-    return Tree(levels, index, first_root)
+        low, high = np.fmin.reduce(members[:2], axis=2), np.fmax.reduce(members[2:4], axis=2)
+        bounds, sizes = np.stack((*low, *high, np.fmin.reduce(members[4], axis=1))), nodes
+    return Tree(levels, order, first_node)
 
 
 def _order_in_space(boxes: np.ndarray, group: np.ndarray) -> np.ndarray:
