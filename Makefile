@@ -15,7 +15,9 @@ test: .venv/installed-test
 	# What users get: an installed copy, read from outside the repository, where kernels/ is ssdcore.kernels.
 	rm -rf $(TYPED) build && $(BIN)/pip install --quiet --no-deps --target $(TYPED) .
 	cd $(TYPED) && ../bin/mypy --config-file ../../pyproject.toml -p ssdcore
-	$(BIN)/pytest
+	# Two processes of one thread each, and alone what measures time.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not timing'
+	$(BIN)/pytest -m timing
 
 .venv/installed-%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"ssdcore needs Python 3.11 or later, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=...")'
