@@ -15,7 +15,7 @@ MAX_LOG_SCALE = math.log(1000.0 / 16)  # decoding clamps dw and dh here; torchvi
 
 # PyTorch divides an operation equally among threads, and all wait for the last one: for milliseconds, where another
 # process keeps a core busy. NumPy works in the calling thread. Up to this many elements, that is also the faster way.
-SERIAL_ELEMENTS = 2**17
+SERIAL_ELEMENTS = 2**16
 
 # An option of every launch: eager code rounds a product before it adds to it. A fused multiply-add would not, and the
 # last bit of an IoU can decide whether a box is kept.
