@@ -98,6 +98,8 @@ def _broadcast(name: str, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tenso
         if isinstance(tensor, Tensor) and shape[-1:] != (4,):
             raise ValueError(f"{argument} must have shape [..., 4], got {list(shape)}")
         check_tensor(argument, tensor, shape, FLOATS, like)
+    if anchors.shape == boxes.shape[boxes.dim() - anchors.dim() :]:
+        return boxes, anchors  # the usual case, because `broadcast_shapes` takes longer than all the checks
     try:
         common = torch.broadcast_shapes(boxes.shape, anchors.shape)
     except RuntimeError as error:
