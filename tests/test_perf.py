@@ -29,6 +29,7 @@ from ssdperf import (
     readme,
     results,
     scaling,
+    spread,
     tables,
     text,
     timing,
@@ -736,7 +737,7 @@ def test_the_benchmarks_readme_shows_the_committed_detectors() -> None:
 
 
 def test_the_charts_show_the_committed_results() -> None:
-    runs = committed()
+    runs = spread.first_runs(committed())
     assert runs
     for stem, run in runs.items():
         keys = readme.headline(run)
@@ -760,6 +761,23 @@ def test_the_readme_says_whether_a_gpu_was_measured() -> None:
     section = readme.section({"a": Results(FACTS, [timed()]), "b": on_gpu})
     assert readme.NO_GPU not in section
     assert section.index("b-speedup.svg") < section.index("a-speedup.svg")  # GPUs first
+
+
+def test_repetitions_show_their_spread_alone_and_with_a_busy_core() -> None:
+    quiet = [Results(FACTS, [timed(median=ours), timed("torchvision", 3.0)]) for ours in (1.0, 2.0, 1.5)]
+    busy = Results({**FACTS, "busy": True}, [timed(median=6.0), timed("torchvision", 3.0)])
+    runs = {"a": quiet[0], "a-2": quiet[1], "a-3": quiet[2], "a-busy": busy}
+    assert spread.first_runs(runs) == {"a": quiet[0]}
+    _, _, line = spread.spread(runs, quiet[0]).splitlines()
+    figures = [entry.strip() for entry in line.strip("|").split("|")][2:]
+    assert figures == ["3", "1.00 ms to 2.00 ms", "1.50x to 3.00x", "1", "6.00 ms", "0.500x", "4.00x"]
+    assert readme.details(runs).count(line) == 1 and line not in readme.section(runs)
+
+
+def test_runs_of_another_commit_are_no_repetitions() -> None:
+    before, after = Results(FACTS, [timed()]), Results({**FACTS, "commit": "f" * 40, "busy": True}, [timed()])
+    assert len(spread.first_runs({"a": before, "b": after})) == 2
+    assert spread.spread({"a": before, "b": after}, before) == ""
 
 
 # --- the commands -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The figures in the READMEs: tables and charts between two markers, made from the results."""
 
 from ssdperf.results import OURS, Key, Results, Row
+from ssdperf.spread import first_runs, spread
 from ssdperf.tables import device_text, peer_text, phases_text
 from ssdperf.text import markdown_table, share_text, time_text
 
@@ -25,22 +26,22 @@ def section(runs: dict[str, Results]) -> str:
         runs: results by the stem of their file in perf/results/.
     """
     parts = [] if any(run.facts["kind"] == "cuda" for run in runs.values()) else [NO_GPU]
-    for stem, run in _gpus_first(runs):
+    for stem, run in _gpus_first(first_runs(runs)):
         parts += [f"**{device_text(run.facts)}**", _ops(run, headline(run))]
         parts.append(f"![Time of each peer over ssdcore's](perf/results/{stem}-speedup.svg)")
     return "\n\n".join(part for part in parts if part)
 
 
 def details(runs: dict[str, Results]) -> str:
-    """Return the figures of perf/README.md: whole detectors, and the share of the floor; GPUs first.
+    """Return the figures of perf/README.md: whole detectors, the share of the floor, the spread of repeated runs.
 
     Args:
         runs: results by the stem of their file in perf/results/.
     """
     parts = []
-    for stem, run in _gpus_first(runs):
+    for stem, run in _gpus_first(first_runs(runs)):
         parts += [f"**{device_text(run.facts)}**", _detectors(run, headline(run))]
-        parts.append(f"![Share of the floor](results/{stem}-floor.svg)")
+        parts += [f"![Share of the floor](results/{stem}-floor.svg)", spread(runs, run)]
     return "\n\n".join(part for part in parts if part)
 
 
