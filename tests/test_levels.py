@@ -56,6 +56,28 @@ def test_maps_in_neither_layout_are_copied() -> None:
         assert torch.equal(read, given)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bits_are_read_as_words_where_images_begin_with_words(dtype: torch.dtype) -> None:
+    def words(logits: torch.Tensor) -> int:
+        deltas = torch.randn(*logits.shape[:2], 4)
+        return head.levels_of(*view_as_levels(logits, deltas)[:2])[1].words
+
+    memory = torch.randn(1001).to(dtype)
+    assert words(memory[:900].view(2, 10, 45)) == 8
+    assert words(memory[1:901].view(2, 10, 45)) == 0  # begins in the middle of a word
+    assert words(memory[:990].view(2, 11, 45)) == 0  # the second image does
+    assert words(memory[:900].view(2, 450, 1)) == 0
+    assert words(memory[:900].view(2, 10, 45).float()) == 0
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 21, 81, 91, 601, 5000])
+def test_a_tile_of_words_wastes_little(num_classes: int) -> None:
+    words = head.words_of(num_classes)
+    assert words & (words - 1) == 0
+    assert -(-(num_classes // 2) // words) * words < num_classes // 2 + words
+    assert words <= max(8, num_classes / 8)
+
+
 @pytest.mark.parametrize("num_classes", [1, 2, 21, 32, 33, 81, 91, 320, 1204, 5000])
 def test_a_tile_holds_all_classes_and_wastes_little(num_classes: int) -> None:
     anchors, chunk = head.tile_anchors(num_classes), head.chunk_of(num_classes)

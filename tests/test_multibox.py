@@ -202,6 +202,24 @@ def test_numbers_of_classes_around_a_tile(backend: Backend, num_classes: int) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 21, 34, 81])
+def test_logits_of_16_bits_give_the_same_wherever_they_begin(
+    backend: Backend, dtype: torch.dtype, num_classes: int
+) -> None:
+    arguments = problem([3, 0, 1], random_boxes(70), num_classes, dtype)
+    wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}
+    expected_losses, expected_grads = run(Backend("eager", "cpu", 0), wide)
+    logits = arguments["cls_logits"].to(backend.device)
+    for first in (0, 1):  # two numbers of 16 bits are a word only where they begin at an even one
+        shifted = torch.cat([logits.flatten()[:first], logits.flatten()])[first:].view_as(logits)
+        losses, grads = run(backend, arguments | {"cls_logits": shifted})
+        for loss, expected in zip(losses, expected_losses, strict=True):
+            assert_close(loss, expected, scale=10)
+        for grad, expected in zip(grads, expected_grads, strict=True):
+            assert_close(grad, expected, stored_ulps=backend.stored_ulps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_input_gives_fp32_losses(backend: Backend, dtype: torch.dtype) -> None:
     arguments = problem([3, 1], random_boxes(70), dtype=dtype)
     wide = arguments | {name: arguments[name].double() for name in ("cls_logits", "box_deltas")}

@@ -18,8 +18,11 @@ from ssdcore.kernels.device.boxmath import Deltas
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.levels import in_planes, rows_are_dense
 
-TILE_LOGITS = 8192  # logits that a program holds at once, with padding: 64 per thread at four warps
-MAX_TILE_ANCHORS = 64  # with 81 classes 48 logits per thread, so that seven programs fit a multiprocessor
+WORD_BYTES = 4  # a word holds two logits of 2 bytes
+WORDS_AT_ONCE = 8  # words of an anchor that neighbouring threads take: more would cost exchanges between threads
+TILE_LOGITS = 8192  # logits that a program holds at once, with padding: 128 per thread
+MAX_TILE_ANCHORS = 64  # one per thread, so that what is done once per anchor leaves no thread idle
+TILE_WARPS = 2
 LOG2_E = Constant(1.4426950408889634)  # exp(x) is exp2(x * log2(e))
 
 
@@ -40,6 +43,7 @@ class HeadShape(NamedTuple):
     classes: int  # C, with the background
     chunk: int  # classes of a tile
     planes: bool  # levels lie in planes, not in rows
+    words: int  # words of a tile, if the logits are read as words of two; otherwise 0
 
 
 class LevelBlock(NamedTuple):
@@ -82,7 +86,13 @@ def levels_of(cls_logits: Sequence[Tensor], box_deltas: Sequence[Tensor]) -> tup
         tuple(x.shape[2] for x in logits),
     )
     num_classes = logits[0].shape[3]
-    return levels, HeadShape(num_classes, chunk_of(num_classes), planes)
+    by_words = not planes and num_classes > 1 < tile_anchors(num_classes) and all(map(_begins_with_words, logits))
+    return levels, HeadShape(num_classes, chunk_of(num_classes), planes, words_of(num_classes) if by_words else 0)
+
+
+def _begins_with_words(level: Tensor) -> bool:
+    """Whether the logits of every image begin at the address of a word, and are half as long as a word."""
+    return level.itemsize * 2 == WORD_BYTES and level.data_ptr() % WORD_BYTES == 0 and level.stride(0) % 2 == 0
 
 
 def without_deltas(levels: Levels) -> Levels:
@@ -102,6 +112,12 @@ def chunk_of(num_classes: int) -> int:
     81 classes are 6 chunks of 16. The next power of two would be 128.
     """
     return max(16, triton.next_power_of_2(num_classes) // 8)
+
+
+def words_of(num_classes: int) -> int:
+    """How many words a tile has: a power of two, as for `chunk_of`."""
+    words = triton.next_power_of_2(num_classes // 2)
+    return max(min(words, WORDS_AT_ONCE), words // 8)
 
 
 def tile_anchors(num_classes: int) -> int:
@@ -161,21 +177,47 @@ def locate_block(block_number, levels, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _planes_of_block(index, block, BLOCK: tl.constexpr):
+    """On which plane each anchor of the level's block `index` lies: its number among the anchors of its cell."""
+    position = index * BLOCK + tl.arange(0, BLOCK)
+    first_plane = index * BLOCK // block.num_cells
+    if block.num_cells >= BLOCK:  # the block lies on two planes at most, and no thread need divide for each anchor
+        plane = first_plane + (position >= (first_plane + 1) * block.num_cells).to(tl.int32)
+    else:
+        plane = position // block.num_cells
+    return plane
+
+
+@triton.jit
 def anchors_of_block(index, block, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """The anchors of the level's block `index`, counted from the level's first anchor, and which of them exist.
 
     `index` is `block.index`, or counts smaller blocks if BLOCK is smaller.
     """
-    anchor = index * BLOCK + tl.arange(0, BLOCK)
-    exists = anchor < block.num_cells * block.per_cell
+    position = index * BLOCK + tl.arange(0, BLOCK)  # in the order of memory
+    exists = position < block.num_cells * block.per_cell
+    anchor = position
     if HEAD.planes:
-        anchor = (anchor % block.num_cells) * block.per_cell + anchor // block.num_cells
+        plane = _planes_of_block(index, block, BLOCK)
+        anchor = (position - plane * block.num_cells) * block.per_cell + plane
     return anchor, exists
 
 
 @triton.jit
+def span_of_block(index, block, width, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the `width` numbers of each anchor of the level's block `index` lie."""
+    position = index * BLOCK + tl.arange(0, BLOCK)
+    if HEAD.planes:
+        plane = _planes_of_block(index, block, BLOCK)
+        span = Span(plane.to(tl.int64) * ((width - 1) * block.num_cells) + position, block.num_cells)
+    else:
+        span = Span(position.to(tl.int64) * width, 1)
+    return span
+
+
+@triton.jit
 def span_of(anchor, block, width, HEAD: tl.constexpr):
-    """Where the `width` numbers of each anchor lie; anchors are counted from the level's first."""
+    """Where the `width` numbers of any anchors lie, which are counted from the level's first."""
     if HEAD.planes:
         start = (anchor % block.per_cell * width).to(tl.int64) * block.num_cells + anchor // block.per_cell
         span = Span(start, block.num_cells)
@@ -192,19 +234,76 @@ def tile_of_chunk(span, mask, chunk, HEAD: tl.constexpr):
     that axis: the classes in rows, the anchors in planes.
     """
     axis: tl.constexpr = 1 - HEAD.planes  # of the classes
-    class_id = tl.expand_dims(chunk * HEAD.chunk + tl.arange(0, HEAD.chunk), 1 - axis)
-    offset = tl.expand_dims(span.start, axis) + class_id * span.stride
+    lane = tl.expand_dims(tl.arange(0, HEAD.chunk), 1 - axis)
+    class_id = chunk * HEAD.chunk + lane
+    # All chunks share the first sum, and in rows the second is a constant, which a load takes for nothing.
+    offset = (tl.expand_dims(span.start, axis) + lane * span.stride) + chunk * HEAD.chunk * span.stride
     return class_id, offset, tl.expand_dims(mask, axis) & (class_id < HEAD.classes)
 
 
 @triton.jit
-def load_logits(logits_ptr, span, mask, HEAD: tl.constexpr):
-    """All logits of a block of anchors in fp32, a tuple with a tile for each chunk; -inf where none exists."""
-    logits = ()
-    for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
-        _, offset, inside = tile_of_chunk(span, mask, chunk, HEAD)
-        logits += (tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32),)
+def load_logits(logits_ptr, block, span, mask, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """All logits of a block of anchors in fp32, a tuple of tiles; -inf where none exists."""
+    if HEAD.words > 0:
+        logits = _load_logits_by_words(logits_ptr, block, mask, HEAD, BLOCK)
+    else:
+        logits = ()
+        for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
+            _, offset, inside = tile_of_chunk(span, mask, chunk, HEAD)
+            logits += (tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32),)
     return logits
+
+
+@triton.jit
+def _load_logits_by_words(logits_ptr, block, mask, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """The logits of anchors in rows: two tiles from each tile of words, and one of the class left over if C is odd.
+
+    If C is odd, the row of every second anchor begins in the middle of a word. There the class left over is the
+    background, otherwise the last class. The number of anchors of a block is even, so that it begins with a word.
+    """
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    logits_ptr += block.index.to(tl.int64) * (BLOCK * HEAD.classes)
+    anchor = tl.arange(0, BLOCK)[:, None]
+    word = tl.arange(0, HEAD.words)[None, :]
+    word_ptr = logits_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    # (anchor * C + 1) // 2, of which a thread's anchors share all but a constant.
+    word_ptr = word_ptr + (anchor // 2 * HEAD.classes + anchor % 2 * ((HEAD.classes + 1) // 2) + word)
+    mask = mask[:, None]
+    logits = ()
+    for chunk in tl.static_range((HEAD.classes // 2 + HEAD.words - 1) // HEAD.words):
+        inside = mask & (chunk * HEAD.words + word < HEAD.classes // 2)
+        # The word in place of one that does not exist is -inf twice.
+        if dtype == tl.bfloat16:
+            words = tl.load(word_ptr + chunk * HEAD.words, mask=inside, other=-0x7F0080)
+            logits += ((words << 16).to(tl.float32, bitcast=True), (words & -0x10000).to(tl.float32, bitcast=True))
+        else:
+            words = tl.load(word_ptr + chunk * HEAD.words, mask=inside, other=-0x3FF0400)
+            logits += (words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
+            logits += ((words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
+    if HEAD.classes % 2 == 1:
+        left_over = tl.where(anchor % 2 == 0, HEAD.classes - 1, 0)
+        left_over_ptr = logits_ptr + (anchor * HEAD.classes + left_over + word)
+        logits += (tl.load(left_over_ptr, mask=mask & (word == 0), other=-float("inf")).to(tl.float32),)
+    return logits
+
+
+@triton.jit
+def best_foreground(powers, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest power of a class other than the background, for each anchor of a block; `powers` from `softmax`."""
+    axis: tl.constexpr = 1 - HEAD.planes  # of the classes
+    if HEAD.words > 0:
+        has_left_over: tl.constexpr = HEAD.classes % 2  # of which every second one is the background
+        begins_with_word = tl.arange(0, BLOCK)[:, None] % 2 * has_left_over == 0
+        is_background = begins_with_word & (tl.arange(0, HEAD.words)[None, :] == 0)
+    else:
+        has_left_over: tl.constexpr = 0
+        is_background = tl.expand_dims(tl.arange(0, HEAD.chunk), 1 - axis) == 0
+    best = tl.where(is_background, 0.0, powers[0])
+    for tile in tl.static_range(1, len(powers) - has_left_over):
+        best = tl.maximum(best, powers[tile])
+    if has_left_over:
+        best = tl.maximum(best, tl.where(begins_with_word, powers[len(powers) - 1], 0.0))
+    return _one_per_thread(tl.max(best, axis=axis))
 
 
 @triton.jit
@@ -228,16 +327,16 @@ def softmax(logits, HEAD: tl.constexpr):
     """For each anchor the largest logit, and the sum of exp(logit - largest); and these powers, a tuple of tiles."""
     axis: tl.constexpr = 1 - HEAD.planes  # of the classes
     top = logits[0]
-    for chunk in tl.static_range(1, len(logits)):
-        top = tl.maximum(top, logits[chunk])
-    top = _one_per_thread(tl.max(top, axis=axis))
+    for tile in tl.static_range(1, len(logits)):
+        top = tl.maximum(top, logits[tile])
+    top = tl.max(top, axis=axis)
     powers = ()
-    for chunk in tl.static_range(len(logits)):
-        powers += (exp_difference(logits[chunk], tl.expand_dims(top, axis)),)
+    for tile in tl.static_range(len(logits)):
+        powers += (exp_difference(logits[tile], tl.expand_dims(top, axis)),)
     total = powers[0]
-    for chunk in tl.static_range(1, len(logits)):
-        total += powers[chunk]
-    return top, _one_per_thread(tl.sum(total, axis=axis)), powers
+    for tile in tl.static_range(1, len(logits)):
+        total += powers[tile]
+    return _one_per_thread(top), _one_per_thread(tl.sum(total, axis=axis)), powers
 
 
 @triton.jit

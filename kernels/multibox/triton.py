@@ -30,6 +30,7 @@ from torch import Tensor
 from ssdcore.kernels.device.boxmath import Deltas, Weights, encode, load_box
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
+    TILE_WARPS,
     HeadShape,
     anchors_of_block,
     exp_difference,
@@ -42,6 +43,7 @@ from ssdcore.kernels.device.head import (
     ptr_of_image,
     softmax,
     span_of,
+    span_of_block,
     store_deltas,
     tile_anchors,
     tile_of_chunk,
@@ -149,11 +151,13 @@ def _row_loss_kernel(
     assigned = _assign(truth, matched, exists, image, HEAD)
 
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
-    span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
-    top, total, _ = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
-    lse = top + tl.log(total)
+    span = span_of_block(block.index, block, HEAD.classes, HEAD, BLOCK)
+    top, total, _ = softmax(load_logits(logits_ptr, block, span, exists, HEAD, BLOCK), HEAD)
+    log_total = tl.log(total)
+    lse = top + log_total
     label_logit = tl.load(logits_ptr + span.start + assigned.label * span.stride, mask=exists, other=0.0)
-    cross_entropy = lse - label_logit.to(tl.float32)
+    # Not lse - label_logit, because the rounding of a large lse would hide a small loss.
+    cross_entropy = (top - label_logit.to(tl.float32)) + log_total
     cross_entropy = tl.where(cross_entropy <= 0, 0.0, cross_entropy)  # rounding can make it negative
     cross_entropy = tl.where(assigned.valid, cross_entropy, float("nan"))
     tl.store(lse_ptr + row, lse, mask=exists)
@@ -464,7 +468,7 @@ def launch_multibox_loss(
             beta=beta,
             HEAD=head,
             BLOCK=block_anchors,
-            num_warps=4,
+            num_warps=TILE_WARPS,
             **EXACT,
         )
     if batch:

@@ -41,9 +41,11 @@ from torch import Tensor
 from ssdcore.kernels.device.boxmath import Box, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
+    TILE_WARPS,
     HeadShape,
     Levels,
     anchors_of_block,
+    best_foreground,
     exp_difference,
     levels_of,
     load_deltas,
@@ -53,6 +55,7 @@ from ssdcore.kernels.device.head import (
     ptr_of_image,
     softmax,
     span_of,
+    span_of_block,
     tile_anchors,
     tile_of_chunk,
     without_deltas,
@@ -184,14 +187,10 @@ def _row_kernel(
     block = locate_block(block_number, levels, BLOCK)
     anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
-    span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
-    top, total, powers = softmax(load_logits(logits_ptr, span, exists, HEAD), HEAD)
-    class_id, _, _ = tile_of_chunk(span, exists, 0, HEAD)
-    best = tl.where(class_id > 0, powers[0], 0.0)
-    for chunk in tl.static_range(1, len(powers)):
-        best = tl.maximum(best, powers[chunk])
+    span = span_of_block(block.index, block, HEAD.classes, HEAD, BLOCK)
+    top, total, powers = softmax(load_logits(logits_ptr, block, span, exists, HEAD, BLOCK), HEAD)
     # The score of the largest power is the largest score, because division keeps the order.
-    score = tl.div_rn(tl.max(best, axis=1 - HEAD.planes), total)
+    score = tl.div_rn(best_foreground(powers, HEAD, BLOCK), total)
     row = image * num_anchors + block.first_anchor + anchor_in_level
     tl.store(anchor_scores.top_ptr + row, top, mask=exists)
     tl.store(anchor_scores.total_ptr + row, total, mask=exists)
@@ -638,7 +637,7 @@ def _launch_rows(
         score_threshold=score_threshold,
         HEAD=head,
         BLOCK=block_anchors,
-        num_warps=4,
+        num_warps=TILE_WARPS,
         **EXACT,
     )
 
