@@ -356,10 +356,9 @@ def load_deltas(deltas_ptr, anchor, block, mask, HEAD: tl.constexpr):
 
 
 @triton.jit
-def store_deltas(deltas_ptr, anchor, block, deltas, mask, HEAD: tl.constexpr):
-    """Store the deltas of each anchor."""
+def store_deltas(deltas_ptr, anchor, span, deltas, mask, HEAD: tl.constexpr):
+    """Store the deltas of each anchor, which lie at `span`."""
     if HEAD.planes:
-        span = span_of(anchor, block, 4, HEAD)
         tl.store(deltas_ptr + span.start, deltas.x, mask=mask)
         tl.store(deltas_ptr + span.start + span.stride, deltas.y, mask=mask)
         tl.store(deltas_ptr + span.start + span.stride * 2, deltas.w, mask=mask)
