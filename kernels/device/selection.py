@@ -11,7 +11,6 @@ from ssdcore.kernels.device.constant import Constant
 
 # The highest bit that any key of a kind has: the search for the k-th largest begins there.
 SCORE_TOP_BIT = Constant(29)  # int32 keys of scores: 1.0 is 0x3F800000
-FLOAT_TOP_BIT = Constant(30)  # int32 keys of any float: infinity is 0x7F800000
 NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)  # int64 keys: a score above a number that makes the key unique
 LAST_NUMBER = Constant(0x7FFFFFFF)  # no ground truth, anchor or candidate has this number
 
@@ -23,43 +22,103 @@ def complement(number):
 
 
 @triton.jit
-def limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A limit that at most k of the keys exceed, and the number of keys that exceed it.
+def load_keys(keys_ptr, start, num_keys, TILES: tl.constexpr, TILE: tl.constexpr):
+    """TILES * TILE keys from number `start` on, as a tuple of tiles [TILE]; -1 where no key exists.
 
-    That number is k, or less if there are fewer candidates or if equal keys straddle the border. The search sets the
-    bits of the k-th largest key one by one, from TOP_BIT down: a bit is set if and only if at least k keys reach the
-    number that it makes. It ends as soon as exactly k keys do. Random keys take about log2(num_keys) bits beyond those
-    that all keys share. If all candidates are among the k largest, the limit is -1 at once. The first BLOCK keys stay
-    in registers; further keys are read again from the cache in every step.
+    A number of tiles fits the number of keys closely. A single tensor would have a power of two.
     """
-    index = tl.arange(0, BLOCK)
-    first_keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-    zero = tl.cast(0, first_keys.dtype)
-    kth, bit, lowest_bit = zero, tl.cast(TOP_BIT, first_keys.dtype), zero + 1
-    num_candidates = _count_above(first_keys, keys_ptr, num_keys, zero - 1, BLOCK)
-    num_reaching = num_candidates
-    while (num_reaching > k) & (bit >= 0):
-        raised = kth | (lowest_bit << bit)
-        count = _count_above(first_keys, keys_ptr, num_keys, raised - 1, BLOCK)
-        kth = tl.where(count >= k, raised, kth)
-        num_reaching = tl.where(count >= k, count, num_reaching)
-        bit -= 1
-    # If equal keys straddle the border, more than k keys still reach `kth`. The limit is `kth` itself then, so that
-    # none of the equal keys exceeds it.
-    straddled = num_reaching > k
-    num_above = _count_above(first_keys, keys_ptr, num_keys, kth, BLOCK)
-    return tl.where(straddled, kth, kth - 1), tl.where(straddled, num_above, num_reaching)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        index = start + i * TILE + tl.arange(0, TILE)
+        tiles += (tl.load(keys_ptr + index, mask=index < num_keys, other=-1),)
+    return tiles
 
 
 @triton.jit
-def _count_above(first_keys, keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
-    """The number of keys that are larger than `limit`."""
-    count = (first_keys > limit).to(tl.int32)
-    for start in range(BLOCK, num_keys, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        count += (tl.load(keys_ptr + index, mask=index < num_keys, other=-1) > limit).to(tl.int32)
+def limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A limit that at most k of the keys exceed, and the number of keys that exceed it.
+
+    That number is k, or less if there are fewer candidates or if equal keys straddle the border. If all candidates are
+    among the k largest, the limit is -1 at once. The first BLOCK keys stay in registers; further keys are read again
+    from the cache in every step of the search.
+    """
+    first_keys = load_keys(keys_ptr, 0, num_keys, 1, BLOCK)
+    one = tl.cast(1, first_keys[0].dtype)
+    return limit_between(first_keys, keys_ptr, num_keys, k, -one, (one << TOP_BIT) - 1 + (one << TOP_BIT))
+
+
+@triton.jit
+def bounds_of_k_largest(first_keys, keys_ptr, num_keys, k):
+    """Bounds of the search for the k largest keys: a number that at least k keys exceed, or -1; and the largest key.
+
+    `first_keys` are the first keys, as `load_keys` returns them.
+    """
+    TILES: tl.constexpr = len(first_keys)
+    TILE: tl.constexpr = first_keys[0].shape[0]
+    largest = _elementwise_max(first_keys[0], first_keys)
+    for start in range(TILES * TILE, num_keys, TILES * TILE):
+        largest = _elementwise_max(largest, load_keys(keys_ptr, start, num_keys, TILES, TILE))
+    # These are TILE different keys. If k is not larger than TILE, at least k keys reach the least of them.
+    low = tl.where(k <= TILE, tl.maximum(tl.min(largest) - 1, -1), -1)
+    return low, tl.max(largest)
+
+
+@triton.jit
+def limit_between(first_keys, keys_ptr, num_keys, k, low, high):
+    """What `limit_of_k_largest` returns. At least k keys exceed `low`, unless it is -1; no key exceeds `high`.
+
+    Every step of the search halves the interval between the bounds, and counts the keys above its middle. The search
+    ends as soon as exactly k keys exceed a bound. Random keys take about log2(num_keys) steps beyond those that bring
+    the bounds to the smallest and the largest key. If equal keys straddle the border, the search ends when no number
+    lies between the bounds. The limit is the upper bound then, so that none of the equal keys exceeds it.
+    """
+    num_above_low = _count_above(first_keys, keys_ptr, num_keys, low)
+    num_above_high = 0
+    while (num_above_low > k) & (num_above_high < k) & (low < high - 1):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the sum of the bounds could overflow
+        count = _count_above(first_keys, keys_ptr, num_keys, middle)
+        raises_low = count >= k
+        low = tl.where(raises_low, middle, low)
+        num_above_low = tl.where(raises_low, count, num_above_low)
+        high = tl.where(raises_low, high, middle)
+        num_above_high = tl.where(raises_low, num_above_high, count)
+    low_is_limit = num_above_low <= k
+    return tl.where(low_is_limit, low, high), tl.where(low_is_limit, num_above_low, num_above_high)
+
+
+@triton.jit
+def _elementwise_max(largest, tiles):
+    for i in tl.static_range(len(tiles)):
+        largest = tl.maximum(largest, tiles[i])
+    return largest
+
+
+@triton.jit
+def _count_above(first_keys, keys_ptr, num_keys, limit):
+    """The number of keys that are larger than `limit`, which is less than the largest number of its type."""
+    TILES: tl.constexpr = len(first_keys)
+    TILE: tl.constexpr = first_keys[0].shape[0]
+    count = _count_in_tiles(first_keys, limit)
+    for start in range(TILES * TILE, num_keys, TILES * TILE):
+        count += _count_in_tiles(load_keys(keys_ptr, start, num_keys, TILES, TILE), limit)
     # One sum across the threads, at the end: it takes longer than the rest of a step.
     return tl.sum(count)
+
+
+@triton.jit
+def _count_in_tiles(tiles, limit):
+    """The numbers of keys that are larger than `limit`, added up over the tiles but not within them: int32 [TILE]."""
+    count = _is_above(tiles[0], limit)
+    for i in tl.static_range(1, len(tiles)):
+        count += _is_above(tiles[i], limit)
+    return count
+
+
+@triton.jit
+def _is_above(keys, limit):
+    """1 where a key is larger than `limit`, and 0 elsewhere."""
+    # The sign of the difference, because the result of a comparison takes longer to become a number.
+    return -((limit - keys) >> (keys.dtype.primitive_bitwidth - 1)).to(tl.int32)
 
 
 @triton.jit

@@ -48,16 +48,15 @@ from ssdcore.kernels.device.head import (
     tile_anchors,
     tile_of_chunk,
 )
-from ssdcore.kernels.device.selection import FLOAT_TOP_BIT, limit_of_k_largest
+from ssdcore.kernels.device.selection import bounds_of_k_largest, limit_between, load_keys
 from ssdcore.kernels.levels import empty_like_levels
 from ssdcore.kernels.rules import EXACT
 
 NAN_KEY = Constant(0x7FFFFFFF)  # mining key of a NaN, which is the hardest of all
 POSITIVE_KEY = Constant(-1)  # below the key of every candidate, because positives are not mined
 
-MINING_STEP = 2048  # keys marked at once, 4 per thread at sixteen warps: more would spill registers
-MAX_MINING_BLOCK = 16384  # keys of an image in registers: 32 per thread at sixteen warps
-SUM_BLOCK = 256  # sums of blocks added up at once: all 140 of SSD300
+MINING_TILE = 1024  # keys of an image in a tile: 2 per thread at sixteen warps
+MINING_TILES = (2, 4, 9, 16)  # how many tiles may stay in registers; 9 hold SSD300's 8732 keys
 BATCH_BLOCK = 128  # images reduced at once
 GRADIENT_ANCHORS = 64  # anchors per program of the backward: with fewer, programs start and end faster than they write
 GRADIENT_STEP = 8  # selected anchors handled at once: few blocks have more, and many have none
@@ -202,6 +201,28 @@ def _sum_blocks(block_positives_ptr, block_losses_ptr, image, num_blocks, BLOCK:
 
 
 @triton.jit
+def _last_mined_tie(keys_ptr, num_anchors, limit, wanted, STEP: tl.constexpr):
+    """The last of the first `wanted` anchors whose keys equal `limit`."""
+    last = tl.full([STEP], -1, tl.int32)
+    ties_before = 0
+    for start in range(0, num_anchors, STEP):
+        anchor = start + tl.arange(0, STEP)
+        tie = (tl.load(keys_ptr + anchor, mask=anchor < num_anchors, other=-1) == limit).to(tl.int32)
+        number = ties_before + tl.cumsum(tie, 0)
+        last = tl.where((tie > 0) & (number <= wanted), anchor, last)
+        ties_before += tl.sum(tie)
+    return tl.max(last)
+
+
+@triton.jit
+def _select(keys, anchor, limit, last_tie, selected_ptr, num_anchors):
+    """Mark the anchors with a positive or a mined negative; returns the losses of the mined negatives, 0 elsewhere."""
+    mined = keys > tl.where(anchor <= last_tie, limit - 1, limit)
+    tl.store(selected_ptr + anchor, mined | (keys < 0), mask=anchor < num_anchors)
+    return tl.where(mined, keys.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
 def _mine_kernel(
     keys_ptr,  # int32 [B, A]
     block_positives_ptr,  # int32 [B, num_blocks]
@@ -213,36 +234,34 @@ def _mine_kernel(
     num_blocks,
     neg_pos_ratio,
     min_negatives,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    SUM_BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     image, batch = tl.program_id(0), tl.num_programs(0)
-    num_positives, positive_loss, box_loss = _sum_blocks(
-        block_positives_ptr, block_losses_ptr, image, num_blocks, SUM_BLOCK
-    )
+    keys_ptr += image.to(tl.int64) * num_anchors
+    selected_ptr += image.to(tl.int64) * num_anchors
+    # The keys are loaded first, so that they arrive while the sums of the blocks are added up.
+    first_keys = load_keys(keys_ptr, 0, num_anchors, TILES, TILE)
+    num_positives, loss, box_loss = _sum_blocks(block_positives_ptr, block_losses_ptr, image, num_blocks, TILE)
 
     wanted = tl.ceil(neg_pos_ratio * num_positives.to(tl.float32))
     wanted = tl.maximum(wanted, tl.cast(min_negatives, tl.float32))
     wanted = tl.minimum(wanted, tl.cast(num_anchors, tl.float32)).to(tl.int32)
-    row = image.to(tl.int64) * num_anchors
-    limit, num_above = limit_of_k_largest(keys_ptr + row, num_anchors, wanted, FLOAT_TOP_BIT, BLOCK)
-    negative_loss = tl.zeros([STEP], tl.float32)
-    hardest = tl.full([STEP], -1, tl.int32)
-    ties_before = 0
-    for start in range(0, num_anchors, STEP):
-        anchor = start + tl.arange(0, STEP)
-        exists = anchor < num_anchors
-        keys = tl.load(keys_ptr + row + anchor, mask=exists, other=-1)
-        tie = ((keys == limit) & (keys >= 0)).to(tl.int32)
-        tie_rank = ties_before + tl.cumsum(tie, 0) - tie
-        mined = (keys > limit) | ((tie > 0) & (tie_rank < wanted - num_above))  # of equal keys, the lowest anchors
-        ties_before += tl.sum(tie)
-        negative_loss += tl.where(mined, keys.to(tl.float32, bitcast=True), 0.0)
-        hardest = tl.maximum(hardest, keys)
-        tl.store(selected_ptr + row + anchor, mined | (keys < 0), mask=exists)
-    classification = tl.sum(positive_loss) + tl.sum(negative_loss)
-    classification = tl.where(tl.max(hardest) == NAN_KEY, float("nan"), classification)
+    low, hardest = bounds_of_k_largest(first_keys, keys_ptr, num_anchors, wanted)
+    limit, num_above = limit_between(first_keys, keys_ptr, num_anchors, wanted, low, hardest)
+    last_tie = -1
+    # Equal keys straddle the border: the lowest anchors are mined.
+    if (num_above < wanted) & (limit >= 0):
+        last_tie = _last_mined_tie(keys_ptr, num_anchors, limit, wanted - num_above, TILE)
+
+    index = tl.arange(0, TILE)
+    for i in tl.static_range(TILES):
+        loss += _select(first_keys[i], i * TILE + index, limit, last_tie, selected_ptr, num_anchors)
+    for start in range(TILES * TILE, num_anchors, TILE):
+        anchor = start + index
+        keys = tl.load(keys_ptr + anchor, mask=anchor < num_anchors, other=-1)
+        loss += _select(keys, anchor, limit, last_tie, selected_ptr, num_anchors)
+    classification = tl.where(hardest == NAN_KEY, float("nan"), tl.sum(loss))
     tl.store(image_positives_ptr + image, num_positives)
     tl.store(image_losses_ptr + image, classification)
     tl.store(image_losses_ptr + batch + image, tl.sum(box_loss))
@@ -453,9 +472,9 @@ def _backward_kernel(
         )
 
 
-def mining_block(num_anchors: int) -> int:
-    """How many keys of an image a program of the mining keeps in registers: all of SSD300's 8732."""
-    return min(MAX_MINING_BLOCK, max(MINING_STEP, triton.next_power_of_2(num_anchors)))
+def mining_tiles(num_anchors: int) -> int:
+    """How many tiles of an image's keys a program of the mining keeps in registers."""
+    return next((tiles for tiles in MINING_TILES if tiles * MINING_TILE >= num_anchors), MINING_TILES[-1])
 
 
 def gradient_step(head: HeadShape) -> int:
@@ -521,9 +540,8 @@ def launch_multibox_loss(
             num_blocks=blocks,
             neg_pos_ratio=neg_pos_ratio,
             min_negatives=min_negatives,
-            BLOCK=mining_block(num_anchors),
-            STEP=MINING_STEP,
-            SUM_BLOCK=SUM_BLOCK,
+            TILES=mining_tiles(num_anchors),
+            TILE=MINING_TILE,
             num_warps=16,
             **EXACT,
         )
