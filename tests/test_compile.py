@@ -35,7 +35,6 @@ def rows() -> list[dict[str, Any]]:
 KNOWN_SPILLS = {
     "3.6": [
         ("sm_100", "smallest", "_settle_kernel", "fp32 i1 i64", 8),
-        ("sm_100", "smallest", "_mine_kernel", "fp32 i1 i32", 8),
     ]
 }
 
