@@ -9,8 +9,7 @@ import triton.language as tl
 
 from ssdcore.kernels.device.constant import Constant
 
-# The highest bit that any key of a kind has: the search for the k-th largest begins there.
-SCORE_TOP_BIT = Constant(29)  # int32 keys of scores: 1.0 is 0x3F800000
+# The highest bit that a key has: the search for the k-th largest begins there. 1.0 is 0x3F800000.
 NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)  # int64 keys: a score above a number that makes the key unique
 LAST_NUMBER = Constant(0x7FFFFFFF)  # no ground truth, anchor or candidate has this number
 
@@ -149,11 +148,80 @@ def keep_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def rank_descending(keys_ptr, keys, num_keys, BLOCK: tl.constexpr):
-    """The positions that `keys` have when all `num_keys` keys, which are distinct, are sorted, largest first."""
-    rank = tl.zeros([keys.shape[0]], tl.int32)
-    for start in range(0, num_keys, BLOCK):
+def coarse_limit(keys_ptr, num_keys, floor, fewest, most, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """A limit that at least `fewest` and at most `most` of the keys exceed, and the number of keys that exceed it.
+
+    That number is less than `fewest` only if equal keys straddle the border: then none of them exceeds the limit. If
+    there are no more than `most` candidates, the limit is -1. The search halves an interval, which takes about
+    log2(r / w) steps if the keys spread over r and those between the `fewest`-th and the `most`-th largest over w. The
+    first FIRST keys stay in registers; further keys are read again from the cache in every step.
+
+    Args:
+        keys_ptr: [num_keys].
+        num_keys: the number of keys.
+        floor: a key that every candidate exceeds, the larger the better.
+        fewest, most: at most num_keys; the farther apart, the fewer the steps.
+        FIRST: a power of two, a multiple of BLOCK.
+        BLOCK: keys that are counted side by side, best as many as there are threads.
+    """
+    row, column = tl.arange(0, FIRST // BLOCK)[:, None], tl.arange(0, BLOCK)
+    index = row * BLOCK + column[None, :]
+    first_keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
+    limit = tl.cast(-1, first_keys.dtype)
+    num_above = _num_above(first_keys, keys_ptr, num_keys, limit, BLOCK)
+    if num_above > most:
+        low = tl.maximum(limit, tl.cast(floor, limit.dtype))  # more than `most` keys exceed it
+        limit = _largest(first_keys, keys_ptr, num_keys, BLOCK)  # at most `most` keys exceed it
+        num_above = tl.zeros_like(num_above)
+        while (num_above < fewest) & (limit - low > 1):
+            middle = low + ((limit - low) >> 1)
+            count = _num_above(first_keys, keys_ptr, num_keys, middle, BLOCK)
+            fits = count <= most
+            low = tl.where(fits, low, middle)
+            limit = tl.where(fits, middle, limit)
+            num_above = tl.where(fits, count, num_above)
+    return limit, num_above
+
+
+@triton.jit
+def _num_above(first_keys, keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
+    """The number of keys larger than `limit`, of which the first are `first_keys` [rows, BLOCK]."""
+    count = tl.sum((first_keys > limit).to(tl.int32), axis=0)
+    for start in range(first_keys.shape[0] * BLOCK, num_keys, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        others = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-        rank += tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
-    return rank
+        count += (tl.load(keys_ptr + index, mask=index < num_keys, other=-1) > limit).to(tl.int32)
+    # One sum across the threads, at the end: it takes as long as counting dozens of keys.
+    return tl.sum(count)
+
+
+@triton.jit
+def _largest(first_keys, keys_ptr, num_keys, BLOCK: tl.constexpr):
+    """The largest key, of which the first are `first_keys` [rows, BLOCK]."""
+    largest = tl.max(first_keys, axis=0)
+    for start in range(first_keys.shape[0] * BLOCK, num_keys, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(keys_ptr + index, mask=index < num_keys, other=-1))
+    return tl.max(largest)
+
+
+@triton.jit
+def pad_keys(keys_ptr, num_keys, BLOCK: tl.constexpr):
+    """Fill a list of keys up to a multiple of BLOCK with keys that are no candidates."""
+    index = num_keys + tl.arange(0, BLOCK)
+    tl.store(keys_ptr + index, tl.full([BLOCK], -1, tl.int64), mask=index < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    # Other threads of the program read what this thread wrote.
+    tl.debug_barrier()
+
+
+@triton.jit
+def rank_descending(keys_ptr, keys, num_keys, BLOCK: tl.constexpr):
+    """The positions that `keys` have when all `num_keys` keys, which are distinct, are sorted, largest first.
+
+    The list is padded to a multiple of BLOCK (`pad_keys`), because a mask would make five instructions of each load.
+    """
+    larger = tl.zeros([BLOCK, keys.shape[0]], tl.int32)
+    for start in range(0, num_keys, BLOCK):
+        others = tl.load(keys_ptr + start + tl.arange(0, BLOCK))
+        larger += (others[:, None] > keys[None, :]).to(tl.int32)
+    # One sum across the threads, at the end.
+    return tl.sum(larger, axis=0)

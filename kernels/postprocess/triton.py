@@ -7,15 +7,17 @@ then need never be looked at. Four launches, whatever the number of images and c
 
 1. Rows. A program takes a block of anchors of one image. For each anchor it stores what the softmax needs (the largest
    logit and the sum of the powers) and its best foreground score as an integer key. It reads the logits once.
-2. Gathering. It decodes and clips the boxes of all anchors that have a candidate. The cutoff of an image is a score
-   that at most `capacity` anchors exceed: CUTOFF_ANCHORS per wanted detection, or K + REST_ANCHORS if that is more.
-   Every program finds it for itself, because that is faster than another launch. Then the logits of the anchors above
-   the cutoff are read once more, and their candidates are appended to lists, one per class. The order in which programs
-   run changes the order of a list, but no result, because keys are distinct and only their order counts.
+2. Gathering. The cutoff of an image is a score that at most `capacity` anchors exceed: CUTOFF_ANCHORS per wanted
+   detection, or K + REST_ANCHORS if that is more. Any such score will do, so the search ends at the first one that half
+   to three quarters as many exceed. Every program finds it for itself, because that is faster than another launch. A
+   program takes a share of the image's anchors. It decodes and clips the boxes of those that have a candidate, and
+   notes those above the cutoff. Then it reads the logits of these once more, and appends their candidates to lists, one
+   per class. The order in which programs run changes the order of a list, but no result, because keys are distinct and
+   only their order counts.
 3. Classes. A program takes one class of one image. It finds the k best of the class's list, sorts them by counting, and
-   runs NMS over them, 32 at a time, each compared with the kept ones before it. It appends what is kept to the image's
-   list. The last program of an image to finish selects the best of that list, sorts them by counting and writes the
-   output with its padding, unless the image needs step 4.
+   runs NMS over them, 32 at a time, each compared with the kept ones before it. A list of 32 need not be sorted. It
+   appends what is kept to the image's list. The last program of an image to finish selects the best of that list, sorts
+   them by counting and writes the output with its padding, unless the image needs step 4.
 4. The rest. If fewer detections are kept than wanted, candidates lie below the cutoff, and a class has fewer than k
    candidates above it, the image is settled again without a cutoff. That is exact, and hardly ever necessary.
    Otherwise these programs have nothing to do.
@@ -38,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.device.boxmath import Box, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
+from ssdcore.kernels.device.boxmath import Box, Deltas, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
     TILE_WARPS,
@@ -48,7 +50,6 @@ from ssdcore.kernels.device.head import (
     best_foreground,
     exp_difference,
     levels_of,
-    load_deltas,
     load_logits,
     locate_block,
     num_blocks,
@@ -57,25 +58,26 @@ from ssdcore.kernels.device.head import (
     span_of,
     span_of_block,
     tile_anchors,
-    tile_of_chunk,
     without_deltas,
 )
 from ssdcore.kernels.device.selection import (
     LAST_NUMBER,
     NUMBERED_SCORE_TOP_BIT,
-    SCORE_TOP_BIT,
+    coarse_limit,
+    compact_above,
     complement,
     keep_k_largest,
-    limit_of_k_largest,
+    pad_keys,
     rank_descending,
 )
 from ssdcore.kernels.rules import EXACT, round_down
 
-CUTOFF_ANCHORS = 8  # anchors above the cutoff per wanted detection: NMS rarely keeps fewer than one in eight
-GATHER_ANCHORS = 32  # anchors gathered at once; more would cost registers, and with them occupancy
-GATHER_PROGRAMS = 512  # of all images together, one wave of an H200; each finds the cutoff of its image
-GATHER_BLOCK = 4096  # keys of anchors in registers, 16 per thread at eight warps; more would cost occupancy
+CUTOFF_ANCHORS = 8  # at most so many anchors above the cutoff per wanted detection, at least half as many
+GATHER_PROGRAMS = 288  # of all images together, about two per multiprocessor of an H200
+GATHER_BLOCK = 512  # anchors decoded at once, two per thread at eight warps; more would cost registers
+GATHER_SELECT_BLOCK = 8192  # keys of anchors in registers, 32 per thread at eight warps
 SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at four warps
+FINAL_BLOCK = 128  # detections ranked at once, one per thread at four warps
 CANDIDATES_AT_ONCE = 32  # candidates compared at once: with 32 others, 8 pairs per thread
 REST_ANCHORS = 256  # anchors read at once where an image is settled again: two per thread
 WORD_BITS = Constant(32)  # candidates that a word of bits speaks for
@@ -104,7 +106,7 @@ class Scratch(NamedTuple):
     sorted_keys_ptr: Tensor  # int64 [B, C - 1, K]: the best of them, sorted
     sorted_boxes_ptr: Tensor  # fp32 [B, C - 1, K, 4] xyxy
     kept_words_ptr: Tensor  # int32 [B, C - 1, words]: bits of those that are kept
-    kept_keys_ptr: Tensor  # int64 [B, (C - 1) * K]: keys of all that is kept in an image
+    kept_keys_ptr: Tensor  # int64 [B, kept]: keys of all that is kept in an image
 
 
 class Output(NamedTuple):
@@ -123,6 +125,7 @@ class Sizes(NamedTuple):
     capacity: int  # slots in the list of a class
     topk: int  # K, candidates of a class that take part in NMS
     words: int  # words of bits for K candidates
+    kept: int  # slots for what is kept in an image
     detections: int  # D
 
 
@@ -143,7 +146,9 @@ class ClassProblem(NamedTuple):
 def _key_of(score, class_index, anchor, num_anchors):
     """A key that orders candidates by score, equal scores by class and then by anchor; no two are equal."""
     number = class_index * num_anchors + anchor
-    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | complement(number).to(tl.int64)
+    # The complement is not negative. To say so spares extending its sign.
+    low = complement(number).to(tl.uint32, bitcast=True).to(tl.int64)
+    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
 
 
 @triton.jit
@@ -209,24 +214,98 @@ def _clip(x, side):
 
 
 @triton.jit
+def _rows_of_anchors(ptrs, strides, levels, image, anchor, width, HEAD: tl.constexpr):
+    """Where the `width` numbers of each anchor lie: a pointer to the first, and the stride from one to the next.
+
+    Unlike the anchors of a block, these may lie on different levels.
+    """
+    ptr = ptrs[0] + image * tl.cast(strides[0], tl.int64) + tl.zeros_like(anchor)
+    num_cells = tl.zeros_like(anchor) + levels.cells[0]
+    per_cell = tl.zeros_like(anchor) + levels.per_cell[0]
+    first_anchor = tl.zeros_like(anchor)
+    num_anchors = tl.cast(0, tl.int32)
+    for i in tl.static_range(1, len(levels.cells)):
+        num_anchors += tl.cast(levels.cells[i - 1], tl.int32) * levels.per_cell[i - 1]
+        beyond = anchor >= num_anchors
+        ptr = tl.where(beyond, ptrs[i] + image * tl.cast(strides[i], tl.int64), ptr)
+        num_cells = tl.where(beyond, levels.cells[i], num_cells)
+        per_cell = tl.where(beyond, levels.per_cell[i], per_cell)
+        first_anchor = tl.where(beyond, num_anchors, first_anchor)
+    anchor_in_level = anchor - first_anchor
+    if HEAD.planes:
+        stride = num_cells
+        cell = anchor_in_level // per_cell
+        ptr += ((anchor_in_level - cell * per_cell) * width).to(tl.int64) * num_cells + cell
+    else:
+        stride = tl.full(anchor.shape, 1, tl.int32)
+        ptr += anchor_in_level.to(tl.int64) * width
+    return ptr, stride
+
+
+@triton.jit
+def _decode_boxes(
+    levels, anchors_ptr, weights, boxes_ptr, image, num_anchors, anchor, mask, height, width, HEAD: tl.constexpr
+):
+    """Decode, clip and store the boxes of the anchors where `mask` is true."""
+    ptr, stride = _rows_of_anchors(levels.deltas, levels.deltas_strides, levels, image, anchor, 4, HEAD)
+    deltas = Deltas(
+        tl.load(ptr, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + stride, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + stride * 2, mask=mask, other=0.0).to(tl.float32),
+        tl.load(ptr + stride * 3, mask=mask, other=0.0).to(tl.float32),
+    )
+    box = decode(deltas, load_box(anchors_ptr, anchor, mask), weights)
+    clipped = Box(_clip(box.x1, width), _clip(box.y1, height), _clip(box.x2, width), _clip(box.y2, height))
+    store_box(boxes_ptr, image * num_anchors + anchor, clipped, mask)
+
+
+@triton.jit
+def _classes_of_chunk(chunk, HEAD: tl.constexpr):
+    """The classes of a tile: a row if levels lie in rows, a column if they lie in planes."""
+    return tl.expand_dims(chunk * HEAD.chunk + tl.arange(0, HEAD.chunk), HEAD.planes)
+
+
+@triton.jit
+def _scores_of(logits, top, total):
+    """The softmax of a tuple of tiles of logits."""
+    scores = ()
+    for chunk in tl.static_range(len(logits)):
+        scores += (tl.div_rn(exp_difference(logits[chunk], top), tl.broadcast_to(total, logits[chunk].shape)),)
+    return scores
+
+
+@triton.jit
 def _list_candidates(
-    logits_ptr, span, anchor, above, top, total, cutoff, score_threshold, candidates_ptr, listed_ptr, image,
-    num_anchors, capacity, HEAD: tl.constexpr,
+    levels, anchor_scores, candidates_ptr, listed_ptr, image, num_anchors, capacity, anchor, mask, bound,
+    HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Append the candidates above the cutoff, of the anchors `above`, to the lists of their classes."""
+    """Append the candidates of the anchors where `mask` is true, those above `bound`, to the lists of their classes."""
     axis: tl.constexpr = 1 - HEAD.planes  # of the classes
-    top, total = tl.expand_dims(top, axis), tl.expand_dims(total, axis)
+    first_list = image * (HEAD.classes - 1) - 1  # that of class 0, if it had one
+    listed_ptr += first_list
+    candidates_ptr += first_list * capacity
+    row = image * num_anchors + anchor
+    top = tl.expand_dims(tl.load(anchor_scores.top_ptr + row, mask=mask, other=0.0), axis)
+    total = tl.expand_dims(tl.load(anchor_scores.total_ptr + row, mask=mask, other=1.0), axis)
+    row_ptr, stride = _rows_of_anchors(levels.logits, levels.logits_strides, levels, image, anchor, HEAD.classes, HEAD)
+    row_ptr, stride = tl.expand_dims(row_ptr, axis), tl.expand_dims(stride, axis)
+    # All loads come before the first atomic, and all atomics before the first store, so that they wait together.
+    logits = ()
     for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
-        class_id, offset, inside = tile_of_chunk(span, above, chunk, HEAD)
-        logit = tl.load(logits_ptr + offset, mask=inside, other=-float("inf")).to(tl.float32)
-        score = tl.div_rn(exp_difference(logit, top), tl.broadcast_to(total, logit.shape))
-        passes = (score > score_threshold) & (score.to(tl.int32, bitcast=True) > cutoff)
-        listed = passes & inside & (class_id > 0)
+        class_id = _classes_of_chunk(chunk, HEAD)
+        inside = tl.expand_dims(mask, axis) & (class_id > 0) & (class_id < HEAD.classes)
+        logits += (tl.load(row_ptr + class_id * stride, mask=inside, other=-float("inf")).to(tl.float32),)
+    scores = _scores_of(logits, top, total)
+    slots = ()
+    for chunk in tl.static_range(len(scores)):
+        list_ptr = tl.broadcast_to(listed_ptr + _classes_of_chunk(chunk, HEAD), scores[chunk].shape)
+        # Each candidate reserves a slot of its own. Relaxed: only the next launch reads the lists. The score is 0 where
+        # there is no logit.
+        slots += (tl.atomic_add(list_ptr, 1, mask=scores[chunk] > bound, sem="relaxed"),)
+    for chunk in tl.static_range(len(scores)):
+        class_id, score = _classes_of_chunk(chunk, HEAD), scores[chunk]
         key = _key_of(score, class_id - 1, tl.expand_dims(anchor, axis), num_anchors)
-        list_index = tl.broadcast_to(image * (HEAD.classes - 1) + class_id - 1, logit.shape)
-        # Each candidate reserves a slot of its own. Relaxed: only the next launch reads the lists.
-        slot = tl.atomic_add(listed_ptr + list_index, 1, mask=listed, sem="relaxed")
-        tl.store(candidates_ptr + list_index * capacity + slot, key, mask=listed)
+        tl.store(candidates_ptr + (class_id * capacity + slots[chunk]), key, mask=score > bound)
 
 
 @triton.jit
@@ -237,46 +316,53 @@ def _gather_kernel(
     weights,  # Weights
     anchor_scores,  # AnchorScores
     boxes_ptr,  # fp32 [B, A, 4] xyxy: decoded boxes of the anchors that have a candidate
+    found_ptr,  # int32 [B, at least A]: of each program, its anchors above the cutoff
+    found_stride,
     candidates_ptr,  # int64 [B, C - 1, capacity]
     listed_ptr,  # int32 [B, C - 1]: zero at first
     cutoff_ptr,  # int32 [B]: bits of the score that all listed candidates exceed; -1 if all candidates are listed
     num_anchors,
-    num_blocks,
     capacity,
     score_threshold,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
     best_ptr = anchor_scores.best_ptr + image * num_anchors
-    cutoff, _ = limit_of_k_largest(best_ptr, num_anchors, capacity, SCORE_TOP_BIT, SELECT_BLOCK)
+    floor = tl.cast(score_threshold, tl.float32).to(tl.int32, bitcast=True)
+    most = tl.where(num_anchors <= capacity, capacity, capacity - capacity // 4)
+    cutoff, _ = coarse_limit(best_ptr, num_anchors, floor, capacity // 2, most, SELECT_BLOCK, BLOCK)
     tl.store(cutoff_ptr + image, cutoff)  # every program stores the same value
+
     height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
     width = tl.load(image_sizes_ptr + image * 2 + 1).to(tl.float32)
-    for block_number in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        block = locate_block(block_number, levels, BLOCK)
-        anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
-        anchor = block.first_anchor + anchor_in_level
-        row = image * num_anchors + anchor
-        best = tl.load(anchor_scores.best_ptr + row, mask=exists, other=-1)
-        has_candidate = best >= 0
-        if tl.max(best) >= 0:
-            deltas_ptr = ptr_of_image(levels.deltas, levels.deltas_strides, block, image)
-            deltas = load_deltas(deltas_ptr, anchor_in_level, block, has_candidate, HEAD)
-            box = decode(deltas, load_box(anchors_ptr, anchor, has_candidate), weights)
-            clipped = Box(_clip(box.x1, width), _clip(box.y1, height), _clip(box.x2, width), _clip(box.y2, height))
-            store_box(boxes_ptr, row, clipped, has_candidate)
-        if tl.max(best) > cutoff:
-            above = best > cutoff
-            logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
-            span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
-            top = tl.load(anchor_scores.top_ptr + row, mask=above, other=0.0)
-            total = tl.load(anchor_scores.total_ptr + row, mask=above, other=1.0)
-            _list_candidates(
-                logits_ptr, span, anchor, above, top, total, cutoff, score_threshold, candidates_ptr, listed_ptr, image,
-                num_anchors, capacity, HEAD,
-            )  # fmt: skip
+    anchors_of_program = tl.cdiv(num_anchors, tl.num_programs(0))
+    first_anchor = tl.program_id(0) * anchors_of_program
+    end = tl.minimum(first_anchor + anchors_of_program, num_anchors)
+    found_ptr += image * found_stride + first_anchor
+    num_found = 0
+    for start in range(first_anchor, end, BLOCK):
+        anchor = start + tl.arange(0, BLOCK)
+        best = tl.load(best_ptr + anchor, mask=anchor < end, other=-1)
+        _decode_boxes(
+            levels, anchors_ptr, weights, boxes_ptr, image, num_anchors, anchor, best >= 0, height, width, HEAD
+        )
+        above = (best > cutoff).to(tl.int32)
+        tl.store(found_ptr + num_found + tl.cumsum(above, 0) - above, anchor, mask=above > 0)
+        num_found += tl.sum(above)
+    # Other threads of the program read what this thread found.
+    tl.debug_barrier()
+
+    bound = tl.where(cutoff >= 0, cutoff.to(tl.float32, bitcast=True), score_threshold)
+    for start in range(0, num_found, TILE):
+        index = start + tl.arange(0, TILE)
+        mask = index < num_found
+        anchor = tl.load(found_ptr + index, mask=mask, other=0)
+        _list_candidates(
+            levels, anchor_scores, candidates_ptr, listed_ptr, image, num_anchors, capacity, anchor, mask, bound, HEAD
+        )
 
 
 # --- 3. classes -------------------------------------------------------------------------------------------
@@ -293,7 +379,7 @@ def _class_problem(class_index, image, num_foreground, scratch, counters, boxes_
         scratch.sorted_boxes_ptr + problem_index * sizes.topk * 4,
         scratch.kept_words_ptr + problem_index * sizes.words,
         boxes_ptr + image * sizes.anchors * 4,
-        scratch.kept_keys_ptr + image * num_foreground * sizes.topk,
+        scratch.kept_keys_ptr + image * sizes.kept,
         counters.kept_ptr + image,
     )
 
@@ -301,11 +387,12 @@ def _class_problem(class_index, image, num_foreground, scratch, counters, boxes_
 @triton.jit
 def _sort_candidates(problem, count, num_anchors, AT_ONCE: tl.constexpr):
     """Sort the `count` keys of the list, best first, and fetch the boxes of their anchors."""
-    for start in range(0, count, AT_ONCE):
-        index = start + tl.arange(0, AT_ONCE)
+    pad_keys(problem.candidates_ptr, count, AT_ONCE // 2)
+    for start in range(0, count, 2 * AT_ONCE):
+        index = start + tl.arange(0, 2 * AT_ONCE)
         mask = index < count
         keys = tl.load(problem.candidates_ptr + index, mask=mask, other=-1)
-        rank = rank_descending(problem.candidates_ptr, keys, count, AT_ONCE)
+        rank = rank_descending(problem.candidates_ptr, keys, count, AT_ONCE // 2)
         anchor = _number_of(keys) - problem.class_index * num_anchors
         store_box(problem.sorted_boxes_ptr, rank, load_box(problem.boxes_ptr, anchor, mask), mask)
         tl.store(problem.sorted_keys_ptr + rank, keys, mask=mask)
@@ -314,23 +401,16 @@ def _sort_candidates(problem, count, num_anchors, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def _any_bit(words):
-    """The bits that are set in any of `words`."""
-    # `tl.reduce` with an operator of our own would take the interpreter minutes.
+def _resolve_word(alive, suppressors):
+    """Greedy NMS among 32 boxes: the word of those kept of `alive`, if those of `suppressors[i]` suppress box i."""
     bit = tl.arange(0, WORD_BITS)
-    return tl.sum(tl.max((words[:, None] >> bit[None, :]) & 1, axis=0) << bit)
-
-
-@triton.jit
-def _resolve_word(alive, suppresses):
-    """Greedy NMS among 32 boxes: which bits of `alive` are kept, if box i suppresses the bits of `suppresses[i]`."""
-    bit = tl.arange(0, WORD_BITS)
-    kept = alive
-    before = alive ^ 1
+    flag = alive.to(tl.int32) << bit
+    kept = tl.sum(flag)
+    before = kept ^ 1
     # Box i is settled after i + 1 rounds at the latest. Real boxes need a few.
     while kept != before:
         before = kept
-        kept = alive & ~_any_bit(tl.where(((kept >> bit) & 1) != 0, suppresses, 0))
+        kept = tl.sum(tl.where((suppressors & kept) == 0, flag, 0))
     return kept
 
 
@@ -351,32 +431,65 @@ def _suppressed_by_earlier_words(problem, word, column_box, iou_threshold, AT_ON
 
 
 @triton.jit
+def _kept_of_word(alive, row_box, box, precedes, iou_threshold):
+    """Greedy NMS among the candidates of a word: the bits of those of `alive` that are kept.
+
+    Args:
+        alive: bool [32], false where there is no candidate or a candidate of an earlier word suppresses it.
+        row_box, box: the candidates' boxes twice, because `rows` and `columns` want different layouts.
+        precedes: bool [32, 32], whether the row's candidate is better than the column's.
+        iou_threshold: boxes suppress each other above this IoU.
+    """
+    suppresses = (iou_or_zero(rows(row_box), columns(box)) > iou_threshold) & precedes
+    suppressors = tl.sum(suppresses.to(tl.int32) << tl.arange(0, WORD_BITS)[:, None], axis=0)
+    return _resolve_word(alive, suppressors)
+
+
+@triton.jit
+def _append_kept(problem, kept_word, keys_ptr):
+    """Append the kept ones of the 32 keys at `keys_ptr` to the image's list."""
+    bit = tl.arange(0, WORD_BITS)
+    kept = (kept_word >> bit) & 1
+    # Reserves slots for all that the word keeps. Relaxed: they are read after a launch or a barrier.
+    first_slot = tl.atomic_add(problem.kept_count_ptr, tl.sum(kept), sem="relaxed")
+    keys = tl.load(keys_ptr + bit, mask=kept > 0, other=0)
+    tl.store(problem.kept_keys_ptr + first_slot + tl.cumsum(kept, 0) - kept, keys, mask=kept > 0)
+
+
+@triton.jit
+def _load_candidates(problem, num_anchors, count):
+    """Of the first 32 candidates of a list that is not sorted: which exist, the keys and the boxes."""
+    index = tl.arange(0, WORD_BITS)
+    exists = index < count
+    keys = tl.load(problem.candidates_ptr + index, mask=exists, other=-1)
+    anchor = _number_of(keys) - problem.class_index * num_anchors
+    return exists, keys, load_box(problem.boxes_ptr, anchor, exists)
+
+
+@triton.jit
 def _settle_class(problem, count, sizes, iou_threshold, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     """Top-k and NMS of one class; appends the keys of what is kept to the image's list."""
     count = keep_k_largest(problem.candidates_ptr, count, sizes.topk, NUMBERED_SCORE_TOP_BIT, BLOCK)
-    _sort_candidates(problem, count, sizes.anchors, AT_ONCE)
-    bit = tl.arange(0, WORD_BITS)
-    for word in range(tl.cdiv(count, WORD_BITS)):
-        candidate = word * WORD_BITS + bit
-        exists = candidate < count
-        box = load_box(problem.sorted_boxes_ptr, candidate, exists)
-        suppressed = _suppressed_by_earlier_words(problem, word, box, iou_threshold, AT_ONCE)
-        alive = tl.sum(exists.to(tl.int32) << bit) & ~tl.sum(suppressed << bit)
-
-        # Loaded again, because `rows` and `columns` want different layouts.
-        row_box = load_box(problem.sorted_boxes_ptr, candidate, exists)
-        overlap = iou_or_zero(rows(row_box), columns(box))
-        suppresses = (overlap > iou_threshold) & (candidate[:, None] < candidate[None, :])
-        kept_word = _resolve_word(alive, tl.sum(suppresses.to(tl.int32) << bit[None, :], axis=1))
-        tl.store(problem.kept_words_ptr + word, kept_word)
-        kept = (kept_word >> bit) & 1
-        # Reserves slots for all that the word keeps. Relaxed: they are read after a launch or a barrier.
-        first_slot = tl.atomic_add(problem.kept_count_ptr, tl.sum(kept), sem="relaxed")
-        slot = first_slot + tl.cumsum(kept, 0) - kept
-        keys = tl.load(problem.sorted_keys_ptr + candidate, mask=kept > 0, other=0)
-        tl.store(problem.kept_keys_ptr + slot, keys, mask=kept > 0)
-        # The next word reads which candidates were kept, which another thread stored.
-        tl.debug_barrier()
+    if count <= WORD_BITS:
+        # The candidates of a single word are compared by their keys, which need not be sorted.
+        exists, keys, box = _load_candidates(problem, sizes.anchors, count)
+        _, row_keys, row_box = _load_candidates(problem, sizes.anchors, count)
+        kept_word = _kept_of_word(exists, row_box, box, row_keys[:, None] > keys[None, :], iou_threshold)
+        _append_kept(problem, kept_word, problem.candidates_ptr)
+    else:
+        _sort_candidates(problem, count, sizes.anchors, AT_ONCE)
+        for word in range(tl.cdiv(count, WORD_BITS)):
+            candidate = word * WORD_BITS + tl.arange(0, WORD_BITS)
+            exists = candidate < count
+            box = load_box(problem.sorted_boxes_ptr, candidate, exists)
+            suppressed = _suppressed_by_earlier_words(problem, word, box, iou_threshold, AT_ONCE)
+            row_box = load_box(problem.sorted_boxes_ptr, candidate, exists)
+            precedes = candidate[:, None] < candidate[None, :]
+            kept_word = _kept_of_word(exists & (suppressed == 0), row_box, box, precedes, iou_threshold)
+            tl.store(problem.kept_words_ptr + word, kept_word)
+            _append_kept(problem, kept_word, problem.sorted_keys_ptr + word * WORD_BITS)
+            # The next word reads which candidates were kept, which another thread stored.
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -389,26 +502,34 @@ def _is_last_program(done_ptr, num_programs):
 
 @triton.jit
 def _store_detections(
-    kept_keys_ptr, count, boxes_ptr, output, image, sizes, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
-):
+    kept_keys_ptr, count, cutoff, boxes_ptr, output, image, sizes,
+    FINALISTS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Write an image's detections: the best of the `count` kept candidates, sorted, and padding."""
     out_boxes_ptr = output.boxes_ptr + image * sizes.detections * 4
     out_scores_ptr = output.scores_ptr + image * sizes.detections
     out_labels_ptr = output.labels_ptr + image * sizes.detections
-    count = keep_k_largest(kept_keys_ptr, count, sizes.detections, NUMBERED_SCORE_TOP_BIT, BLOCK)
-    tl.store(output.num_detections_ptr + image, count)
-    for start in range(0, sizes.detections, AT_ONCE):
-        index = start + tl.arange(0, AT_ONCE)
-        is_detection = index < count
-        keys = tl.load(kept_keys_ptr + index, mask=is_detection, other=-1)
-        rank = tl.where(is_detection, rank_descending(kept_keys_ptr, keys, count, AT_ONCE), index)
+    # A few more than wanted are sorted: finding exactly the best would take more steps.
+    most = sizes.detections + sizes.detections // 4
+    if count > most:
+        # The score of every candidate exceeds the cutoff.
+        floor = cutoff.to(tl.int64) << 32
+        limit, _ = coarse_limit(kept_keys_ptr, count, floor, sizes.detections, most, FINALISTS, BLOCK)
+        count = compact_above(kept_keys_ptr, count, limit, FINALISTS)
+    tl.store(output.num_detections_ptr + image, tl.minimum(count, sizes.detections))
+    pad_keys(kept_keys_ptr, count, AT_ONCE)
+    for start in range(0, tl.maximum(count, sizes.detections), BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        exists = index < count
+        keys = tl.load(kept_keys_ptr + index, mask=exists, other=-1)
+        rank = tl.where(exists, rank_descending(kept_keys_ptr, keys, count, AT_ONCE), index)
         number = _number_of(keys)
         class_index = number // sizes.anchors
-        box = load_box(boxes_ptr, number - class_index * sizes.anchors, is_detection)
-        inside = index < sizes.detections
+        inside = rank < sizes.detections
+        box = load_box(boxes_ptr, number - class_index * sizes.anchors, exists & inside)
         store_box(out_boxes_ptr, rank, box, inside)
-        tl.store(out_scores_ptr + rank, tl.where(is_detection, _score_of(keys), 0.0), mask=inside)
-        tl.store(out_labels_ptr + rank, tl.where(is_detection, class_index + 1, -1).to(tl.int64), mask=inside)
+        tl.store(out_scores_ptr + rank, tl.where(exists, _score_of(keys), 0.0), mask=inside)
+        tl.store(out_labels_ptr + rank, tl.where(exists, class_index + 1, -1).to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -432,25 +553,29 @@ def _class_kernel(
     output,  # Output
     sizes,  # Sizes
     iou_threshold,
+    FINALISTS: tl.constexpr,
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     class_index, num_foreground, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     problem = _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes)
     listed_ptr = counters.listed_ptr + image * num_foreground
-    _settle_class(problem, tl.load(listed_ptr + class_index), sizes, iou_threshold, BLOCK, AT_ONCE)
+    _settle_class(problem, tl.load(listed_ptr + class_index), sizes, iou_threshold, FINALISTS, AT_ONCE)
     if _is_last_program(counters.done_ptr + image, num_foreground):
         # An atomic that adds nothing: a load might find an older count in the cache.
         count = tl.atomic_add(counters.kept_ptr + image, 0)
+        cutoff = tl.load(cutoff_ptr + image)
         fewest = _fewest_listed(listed_ptr, num_foreground, sizes.topk, BLOCK)
         # If every class has k candidates above the cutoff, no candidate below it is wanted either.
-        unsettled = (count < sizes.detections) & (tl.load(cutoff_ptr + image) >= 0) & (fewest < sizes.topk)
+        unsettled = (count < sizes.detections) & (cutoff >= 0) & (fewest < sizes.topk)
         tl.store(unsettled_ptr + image, unsettled.to(tl.int32))
         if unsettled:
             tl.store(counters.kept_ptr + image, 0)
             tl.store(counters.done_ptr + image, 0)
         else:
-            _store_detections(problem.kept_keys_ptr, count, problem.boxes_ptr, output, image, sizes, BLOCK, AT_ONCE)
+            _store_detections(
+                problem.kept_keys_ptr, count, cutoff, problem.boxes_ptr, output, image, sizes, FINALISTS, BLOCK, AT_ONCE
+            )
 
 
 # --- 4. the rest ------------------------------------------------------------------------------------------
@@ -505,6 +630,7 @@ def _rest_kernel(
     iou_threshold,
     HEAD: tl.constexpr,
     ANCHORS: tl.constexpr,
+    FINALISTS: tl.constexpr,
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -512,25 +638,33 @@ def _rest_kernel(
     if tl.load(unsettled_ptr + image) != 0:
         problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
         count = _list_all_candidates(
-            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, BLOCK
+            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, FINALISTS
         )
-        _settle_class(problem, count, sizes, iou_threshold, BLOCK, AT_ONCE)
+        _settle_class(problem, count, sizes, iou_threshold, FINALISTS, AT_ONCE)
         if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
             # An atomic that adds nothing: a load might find an older count in the cache.
             kept_count = tl.atomic_add(counters.kept_ptr + image, 0)
             _store_detections(
-                problem.kept_keys_ptr, kept_count, problem.boxes_ptr, output, image, sizes, BLOCK, AT_ONCE
-            )
+                problem.kept_keys_ptr, kept_count, tl.cast(-1, tl.int32), problem.boxes_ptr, output, image, sizes,
+                FINALISTS, BLOCK, AT_ONCE,
+            )  # fmt: skip
 
 
 # --- the launches -----------------------------------------------------------------------------------------
 
 
-def sizes_of(num_anchors: int, topk_candidates: int, max_detections: int) -> Sizes:
+def _padded(slots: int) -> int:
+    """The slots of a list that kernels may pad with keys that are no candidates."""
+    return triton.cdiv(slots, CANDIDATES_AT_ONCE) * CANDIDATES_AT_ONCE
+
+
+def sizes_of(num_anchors: int, num_foreground: int, topk_candidates: int, max_detections: int) -> Sizes:
     """The lengths of the lists."""
     topk = min(topk_candidates, num_anchors)
-    capacity = min(num_anchors, max(CUTOFF_ANCHORS * max_detections, topk + REST_ANCHORS))
-    return Sizes(num_anchors, capacity, topk, triton.cdiv(topk, WORD_BITS.value), max_detections)
+    capacity = _padded(min(num_anchors, max(CUTOFF_ANCHORS * max_detections, topk + REST_ANCHORS)))
+    # Before anything is kept, the slots hold the anchors that the gathering programs note, two in each.
+    kept = _padded(max(num_foreground * topk, triton.cdiv(num_anchors, 2)))
+    return Sizes(num_anchors, capacity, topk, triton.cdiv(topk, WORD_BITS.value), kept, max_detections)
 
 
 def launch_postprocess_detections(
@@ -546,7 +680,7 @@ def launch_postprocess_detections(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     levels, head = levels_of(cls_logits, box_deltas)
     batch, num_foreground, device = len(image_sizes), head.classes - 1, anchors.device
-    sizes = sizes_of(len(anchors), topk_candidates, max_detections)
+    sizes = sizes_of(len(anchors), num_foreground, topk_candidates, max_detections)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -561,6 +695,7 @@ def launch_postprocess_detections(
         boxes, scores, labels, num_detections = output
         return boxes.zero_(), scores.zero_(), labels.fill_(-1), num_detections.zero_()
     assert num_foreground * sizes.anchors <= LAST_NUMBER.value, "a candidate's number fits 31 bits"
+    assert head.classes * sizes.capacity <= LAST_NUMBER.value, "so does its place among the lists of an image"
 
     anchor_scores = AnchorScores(
         empty(torch.float32, batch, sizes.anchors),
@@ -573,7 +708,7 @@ def launch_postprocess_detections(
         empty(torch.int64, batch, num_foreground, sizes.topk),
         empty(torch.float32, batch, num_foreground, sizes.topk, 4),
         empty(torch.int32, batch, num_foreground, sizes.words),
-        empty(torch.int64, batch, num_foreground * sizes.topk),
+        empty(torch.int64, batch, sizes.kept),
     )
     decoded = empty(torch.float32, batch, sizes.anchors, 4)
     cutoff, unsettled = empty(torch.int32, batch), empty(torch.int32, batch)
@@ -593,7 +728,8 @@ def launch_postprocess_detections(
         output=output,
         sizes=sizes,
         iou_threshold=iou_threshold,
-        BLOCK=SELECT_BLOCK,
+        FINALISTS=SELECT_BLOCK,
+        BLOCK=FINAL_BLOCK,
         AT_ONCE=CANDIDATES_AT_ONCE,
         num_warps=4,
         **EXACT,
@@ -612,7 +748,8 @@ def launch_postprocess_detections(
         iou_threshold=iou_threshold,
         HEAD=head,
         ANCHORS=REST_ANCHORS,
-        BLOCK=SELECT_BLOCK,
+        FINALISTS=SELECT_BLOCK,
+        BLOCK=FINAL_BLOCK,
         AT_ONCE=CANDIDATES_AT_ONCE,
         num_warps=4,
         **EXACT,
@@ -656,25 +793,27 @@ def _launch_gathering(
     sizes: Sizes,
     score_threshold: float,
 ) -> None:
-    block_anchors = min(tile_anchors(head.classes), GATHER_ANCHORS)
-    blocks, batch = num_blocks(levels, block_anchors), len(image_sizes)
-    _gather_kernel[(min(blocks, max(1, GATHER_PROGRAMS // batch)), batch)](
+    batch = len(image_sizes)
+    programs = max(1, min(triton.cdiv(sizes.anchors, GATHER_BLOCK // 2), GATHER_PROGRAMS // batch))
+    _gather_kernel[(programs, batch)](
         levels=levels,
         anchors_ptr=anchors.contiguous(),
         image_sizes_ptr=image_sizes.contiguous(),
         weights=Weights(*weights),
         anchor_scores=anchor_scores,
         boxes_ptr=decoded,
+        found_ptr=scratch.kept_keys_ptr.view(torch.int32),
+        found_stride=2 * sizes.kept,
         candidates_ptr=scratch.candidates_ptr,
         listed_ptr=counters.listed_ptr,
         cutoff_ptr=cutoff,
         num_anchors=sizes.anchors,
-        num_blocks=blocks,
         capacity=sizes.capacity,
         score_threshold=score_threshold,
         HEAD=head,
-        BLOCK=block_anchors,
-        SELECT_BLOCK=GATHER_BLOCK,
+        BLOCK=GATHER_BLOCK,
+        SELECT_BLOCK=GATHER_SELECT_BLOCK,
+        TILE=max(1, tile_anchors(head.classes) // 2),
         num_warps=8,
         **EXACT,
     )
