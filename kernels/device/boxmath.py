@@ -117,12 +117,21 @@ def columns(box):
 
 
 @triton.jit
-def _intersection_and_union(a, b):
+def area(box):
+    """The area of boxes; negative where one side is."""
+    return (box.x2 - box.x1) * (box.y2 - box.y1)
+
+
+@triton.jit
+def intersection_sides(a, b):
+    """Width and height of the intersection of boxes, the width not below 0.
+
+    Either side may be negative where boxes do not intersect. One of both must not be, because the product of two
+    negative sides would count as an area.
+    """
     # `min` and `max` may drop a NaN here, because the area brings the NaN back.
     width = tl.maximum(tl.minimum(a.x2, b.x2) - tl.maximum(a.x1, b.x1), 0.0)
-    height = tl.maximum(tl.minimum(a.y2, b.y2) - tl.maximum(a.y1, b.y1), 0.0)
-    intersection = width * height
-    return intersection, (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - intersection
+    return width, tl.minimum(a.y2, b.y2) - tl.maximum(a.y1, b.y1)
 
 
 # Most pairs of boxes do not intersect, and IEEE division takes a slow path when the dividend is zero. Such pairs divide
@@ -132,7 +141,9 @@ def _intersection_and_union(a, b):
 @triton.jit
 def iou(a, b):
     """IoU of two boxes, elementwise; 0/0 is NaN."""
-    intersection, union = _intersection_and_union(a, b)
+    width, height = intersection_sides(a, b)
+    intersection = width * tl.maximum(height, 0.0)
+    union = area(a) + area(b) - intersection
     intersects = intersection > 0
     quotient = tl.div_rn(tl.where(intersects, intersection, 1.0), union)
     zero_over_union = tl.where(union > 0, 0.0, tl.where(union < 0, -0.0, float("nan")))
@@ -145,7 +156,9 @@ def iou_or_zero(a, b):
 
     This is enough for a comparison with a threshold of 0 or more.
     """
-    intersection, union = _intersection_and_union(a, b)
+    width, height = intersection_sides(a, b)
+    intersection = width * height  # not above 0 unless both sides are
+    union = area(a) + area(b) - intersection
     intersects = intersection > 0
     return tl.where(intersects, tl.div_rn(tl.where(intersects, intersection, 1.0), union), 0.0)
 

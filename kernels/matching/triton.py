@@ -2,11 +2,13 @@
 
 Two launches, whatever the number of images and ground truths:
 
-1. Match. A program takes a block of anchors of one image and walks through the image's ground truths, a few at a time.
-   An overlap is one int64 key: the IoU's bits above the complement of an index. So a maximum finds the largest IoU and,
-   of equal ones, the lowest index. Every anchor keeps the key of its best ground truth in registers. Every ground truth
-   stores the key of its best anchor in this block, at an address of its own. So nothing has to be zeroed first, and the
-   order of the programs does not matter.
+1. Match. A program takes a block of anchors of one image and walks through the image's ground truths. It skips those
+   above or below all of its anchors: consecutive anchors lie in a few rows of the image. Every anchor keeps its best
+   ground truth in registers. Each warp finds the best anchor of a ground truth among the warp's own anchors, which
+   needs no exchange with other warps, and keeps it in a register until LANES ground truths are done. Then the warps
+   compare, and every ground truth stores a key of its best anchor in this block, at an address of its own. So nothing
+   has to be zeroed first, and the order of the programs does not matter. A key is the IoU's bits above the complement
+   of the anchor's index. So a maximum finds the largest IoU and, of equal ones, the lowest index.
 2. Claim. A program per image reduces the keys of its ground truths over the blocks. Then the ground truths, in order,
    claim their best anchors and override what these had matched.
 
@@ -20,12 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.device.boxmath import columns, iou_or_zero, load_box, rows
+from ssdcore.kernels.device.boxmath import Box, iou_or_zero, load_box, load_box_by_coordinate
+from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.selection import LAST_NUMBER, complement
 from ssdcore.kernels.rules import EXACT
 
 BLOCK_ANCHORS = 256  # anchors per program: 35 programs per image at 8732 anchors, so that a few images fill a GPU
-MATCH_TRUTHS = 8  # ground truths compared at once: 16 pairs per thread at four warps
+MATCH_WARPS = 4  # two anchors per thread; with two warps, many ground truths of one image take a third longer
+LANES = Constant(32)  # threads of a warp, and ground truths whose claims a warp keeps
 CLAIM_TRUTHS = 32  # ground truths that claim at once
 CLAIM_BLOCKS = 64  # blocks of anchors reduced at once: 16 keys per thread
 
@@ -38,6 +42,32 @@ def _truths_of_image(gt_offsets_ptr, image):
 
 
 @triton.jit
+def _by_warp(numbers, WARPS: tl.constexpr):
+    """Numbers [N] as [N / (WARPS * LANES), WARPS, LANES], which is how threads hold them anyway."""
+    return tl.reshape(numbers, (numbers.shape[0] // (WARPS * LANES), WARPS, LANES))
+
+
+@triton.jit
+def _truths_between(gt_boxes_ptr, first, num_truths, top, bottom):
+    """Which of the LANES ground truths from `first` on may overlap boxes between `top` and `bottom`: one bit each."""
+    slot = tl.arange(0, LANES)
+    corner = gt_boxes_ptr + (first + tl.minimum(slot, num_truths - 1)) * 4
+    above = tl.load(corner + 3).to(tl.float32) <= top
+    below = tl.load(corner + 1).to(tl.float32) >= bottom
+    # A NaN is neither above nor below.
+    return tl.sum(((slot < num_truths) & ~(above | below)).to(tl.int32) << slot)
+
+
+@triton.jit
+def _best_of_warp(overlap, anchor):
+    """The bits of the largest overlap [WARPS], 0 if nothing overlaps, and the lowest anchor that has it."""
+    bits = tl.where(overlap > 0, overlap.to(tl.int32, bitcast=True), 0)  # a NaN counts as 0
+    largest = tl.max(tl.max(bits, axis=0), axis=1)
+    candidate = tl.where(bits == largest[None, :, None], anchor, LAST_NUMBER)
+    return largest, tl.min(tl.min(candidate, axis=0), axis=1)
+
+
+@triton.jit
 def _match_kernel(
     gt_boxes_ptr,  # [T, 4] xyxy
     gt_offsets_ptr,  # [B + 1]
@@ -47,31 +77,42 @@ def _match_kernel(
     num_anchors,
     iou_threshold,
     BLOCK_ANCHORS: tl.constexpr,
-    TRUTHS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     block, image = tl.program_id(0), tl.program_id(1)
     anchor = block * BLOCK_ANCHORS + tl.arange(0, BLOCK_ANCHORS)
-    exists = anchor < num_anchors
     first, num_truths = _truths_of_image(gt_offsets_ptr, image)
-    anchor_box = load_box(anchors_ptr, anchor, exists)
+    box = load_box(anchors_ptr, anchor, anchor < num_anchors)
+    top, bottom = tl.min(box.y1), tl.max(box.y2)
+    anchor = _by_warp(anchor, WARPS)
+    box = Box(_by_warp(box.x1, WARPS), _by_warp(box.y1, WARPS), _by_warp(box.x2, WARPS), _by_warp(box.y2, WARPS))
 
-    best = tl.zeros([BLOCK_ANCHORS], tl.int64)
-    for start in range(0, num_truths, TRUTHS):
-        gt_index = start + tl.arange(0, TRUTHS)
-        # Behind the last ground truth, a box without area is loaded, which overlaps nothing.
-        gt_box = load_box(gt_boxes_ptr, first + gt_index, gt_index < num_truths)
-        overlap = iou_or_zero(rows(gt_box), columns(anchor_box))
-        overlaps = overlap > 0
-        high_word = overlap.to(tl.int32, bitcast=True).to(tl.int64) << 32
-        by_truth = tl.where(overlaps, high_word | complement(gt_index)[:, None], 0)
-        best = tl.maximum(best, tl.max(by_truth, axis=0))
-        by_anchor = tl.where(overlaps, high_word | complement(anchor)[None, :], 0)
-        claim_offset = (first + gt_index) * tl.num_programs(0) + block
-        tl.store(claims_ptr + claim_offset, tl.max(by_anchor, axis=1), mask=gt_index < num_truths)
-    best_iou = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    # `best > 0`, because a threshold may round to 0, which every pair would reach.
-    matched = tl.where((best > 0) & (best_iou >= iou_threshold), complement(best & LAST_NUMBER), -1)
-    tl.store(matched_ptr + image.to(tl.int64) * num_anchors + anchor, matched, mask=exists)
+    best_iou = tl.zeros(anchor.shape, tl.float32)
+    best_truth = tl.zeros(anchor.shape, tl.int32)
+    slot = tl.arange(0, LANES)
+    for start in range(0, num_truths, LANES):
+        num_left = num_truths - start
+        between = _truths_between(gt_boxes_ptr, first + start, num_left, top, bottom)
+        # The claims of this step, one per thread of each warp.
+        claim_bits = tl.zeros([WARPS, LANES], tl.int32)
+        claimed = tl.zeros([WARPS, LANES], tl.int32)
+        for index in range(tl.minimum(num_left, LANES)):
+            if (between >> index) & 1 != 0:
+                overlap = iou_or_zero(load_box_by_coordinate(gt_boxes_ptr, first + start + index), box)
+                better = overlap > best_iou  # a NaN is not
+                best_iou = tl.where(better, overlap, best_iou)
+                best_truth = tl.where(better, start + index, best_truth)
+                largest, lowest = _best_of_warp(overlap, anchor)
+                is_own = (slot == index)[None, :]
+                claim_bits = tl.where(is_own, largest[:, None], claim_bits)
+                claimed = tl.where(is_own, lowest[:, None], claimed)
+        key = (claim_bits.to(tl.int64) << 32) | complement(claimed).to(tl.int64)
+        claim = tl.max(tl.where(claim_bits > 0, key, 0), axis=0)
+        claim_offset = (first + start + slot) * tl.num_programs(0) + block
+        tl.store(claims_ptr + claim_offset, claim, mask=slot < num_left)
+    # `best_iou > 0`, because a threshold may round to 0, which every pair would reach.
+    matched = tl.where((best_iou > 0) & (best_iou >= iou_threshold), best_truth, -1).to(tl.int64)
+    tl.store(matched_ptr + image.to(tl.int64) * num_anchors + anchor, matched, mask=anchor < num_anchors)
 
 
 @triton.jit
@@ -121,8 +162,8 @@ def launch_match_anchors(gt_boxes: Tensor, gt_offsets: Tensor, anchors: Tensor, 
         num_anchors=num_anchors,
         iou_threshold=iou_threshold,
         BLOCK_ANCHORS=BLOCK_ANCHORS,
-        TRUTHS=MATCH_TRUTHS,
-        num_warps=4,
+        WARPS=MATCH_WARPS,
+        num_warps=MATCH_WARPS,
         **EXACT,
     )
     _claim_kernel[(batch,)](
