@@ -161,18 +161,19 @@ def locate_block(block_number, levels, BLOCK: tl.constexpr):
     level = tl.cast(0, tl.int32)
     blocks_before = tl.cast(0, tl.int32)
     first_anchor = tl.cast(0, tl.int32)
+    num_cells, per_cell = tl.cast(levels.cells[0], tl.int32), tl.cast(levels.per_cell[0], tl.int32)
     num_blocks = tl.cast(0, tl.int32)
     num_anchors = tl.cast(0, tl.int32)
     for i in tl.static_range(1, len(levels.cells)):
         size = tl.cast(levels.cells[i - 1], tl.int32) * levels.per_cell[i - 1]
-        num_blocks += tl.cdiv(size, BLOCK)
+        num_blocks += ((size + (BLOCK - 1)).to(tl.uint32) // BLOCK).to(tl.int32)  # a shift, because it has no sign
         num_anchors += size
         beyond = block_number >= num_blocks
         level = tl.where(beyond, i, level)
         blocks_before = tl.where(beyond, num_blocks, blocks_before)
         first_anchor = tl.where(beyond, num_anchors, first_anchor)
-    num_cells = pick_int(levels.cells, level).to(tl.int32)
-    per_cell = pick_int(levels.per_cell, level).to(tl.int32)
+        num_cells = tl.where(beyond, levels.cells[i], num_cells)
+        per_cell = tl.where(beyond, levels.per_cell[i], per_cell)
     return LevelBlock(level, block_number - blocks_before, first_anchor, num_cells, per_cell)
 
 
@@ -291,12 +292,11 @@ def _load_logits_by_words(logits_ptr, block, mask, HEAD: tl.constexpr, BLOCK: tl
 def best_foreground(powers, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """The largest power of a class other than the background, for each anchor of a block; `powers` from `softmax`."""
     axis: tl.constexpr = 1 - HEAD.planes  # of the classes
+    has_left_over: tl.constexpr = HEAD.classes % 2 if HEAD.words > 0 else 0  # every second one is the background
     if HEAD.words > 0:
-        has_left_over: tl.constexpr = HEAD.classes % 2  # of which every second one is the background
         begins_with_word = tl.arange(0, BLOCK)[:, None] % 2 * has_left_over == 0
         is_background = begins_with_word & (tl.arange(0, HEAD.words)[None, :] == 0)
     else:
-        has_left_over: tl.constexpr = 0
         is_background = tl.expand_dims(tl.arange(0, HEAD.chunk), 1 - axis) == 0
     best = tl.where(is_background, 0.0, powers[0])
     for tile in tl.static_range(1, len(powers) - has_left_over):
