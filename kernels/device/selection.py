@@ -9,8 +9,9 @@ import triton.language as tl
 
 from ssdcore.kernels.device.constant import Constant
 
-# The highest bit that a key has: the search for the k-th largest begins there. 1.0 is 0x3F800000.
-NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)  # int64 keys: a score above a number that makes the key unique
+# The highest bit of int64 keys, which are a score above a number that makes the key unique: 1.0 is 0x3F800000.
+NUMBERED_SCORE_TOP_BIT = Constant(32 + 29)
+MORE_TILES = Constant(4)  # tiles read at once of the keys that do not stay in registers
 LAST_NUMBER = Constant(0x7FFFFFFF)  # no ground truth, anchor or candidate has this number
 
 
@@ -34,55 +35,63 @@ def load_keys(keys_ptr, start, num_keys, TILES: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A limit that at most k of the keys exceed, and the number of keys that exceed it.
-
-    That number is k, or less if there are fewer candidates or if equal keys straddle the border. If all candidates are
-    among the k largest, the limit is -1 at once. The first BLOCK keys stay in registers; further keys are read again
-    from the cache in every step of the search.
-    """
-    first_keys = load_keys(keys_ptr, 0, num_keys, 1, BLOCK)
-    one = tl.cast(1, first_keys[0].dtype)
-    return limit_between(first_keys, keys_ptr, num_keys, k, -one, (one << TOP_BIT) - 1 + (one << TOP_BIT))
+def largest_key(first_keys, keys_ptr, num_keys):
+    """The largest key. `first_keys` are the first keys, as `load_keys` returns them."""
+    return tl.max(_largest_of_columns(first_keys, keys_ptr, num_keys))
 
 
 @triton.jit
 def bounds_of_k_largest(first_keys, keys_ptr, num_keys, k):
-    """Bounds of the search for the k largest keys: a number that at least k keys exceed, or -1; and the largest key.
-
-    `first_keys` are the first keys, as `load_keys` returns them.
-    """
-    TILES: tl.constexpr = len(first_keys)
-    TILE: tl.constexpr = first_keys[0].shape[0]
-    largest = _elementwise_max(first_keys[0], first_keys)
-    for start in range(TILES * TILE, num_keys, TILES * TILE):
-        largest = _elementwise_max(largest, load_keys(keys_ptr, start, num_keys, TILES, TILE))
+    """Bounds for `limit_between`: a number that at least k keys exceed, or -1; and the largest key."""
+    largest = _largest_of_columns(first_keys, keys_ptr, num_keys)
     # These are TILE different keys. If k is not larger than TILE, at least k keys reach the least of them.
+    TILE: tl.constexpr = first_keys[0].shape[0]
     low = tl.where(k <= TILE, tl.maximum(tl.min(largest) - 1, -1), -1)
     return low, tl.max(largest)
 
 
 @triton.jit
-def limit_between(first_keys, keys_ptr, num_keys, k, low, high):
-    """What `limit_of_k_largest` returns. At least k keys exceed `low`, unless it is -1; no key exceeds `high`.
+def limit_between(first_keys, keys_ptr, num_keys, fewest, most, low, high):
+    """A limit that at least `fewest` and at most `most` of the keys exceed, and the number of keys that exceed it.
 
-    Every step of the search halves the interval between the bounds, and counts the keys above its middle. The search
-    ends as soon as exactly k keys exceed a bound. Random keys take about log2(num_keys) steps beyond those that bring
-    the bounds to the smallest and the largest key. If equal keys straddle the border, the search ends when no number
-    lies between the bounds. The limit is the upper bound then, so that none of the equal keys exceeds it.
+    The limit is `low` if at most `most` keys exceed it. Otherwise the number is less than `fewest` only if equal keys
+    straddle the border: then they equal the limit, and none of them exceeds it.
+
+    Every step of the search halves the interval between the bounds, and counts the keys above its middle. If the keys
+    between the bounds spread over r, and those between the `fewest`-th and the `most`-th largest over w, it takes about
+    log2(r / w) steps.
+
+    Args:
+        first_keys: the first keys, as `load_keys` returns them. They stay in registers; further keys are read again
+            from the cache in every step.
+        keys_ptr: [num_keys].
+        num_keys: the number of keys.
+        fewest, most: the farther apart, the fewer the steps.
+        low, high: -1 or more; no key exceeds `high`.
     """
-    num_above_low = _count_above(first_keys, keys_ptr, num_keys, low)
-    num_above_high = 0
-    while (num_above_low > k) & (num_above_high < k) & (low < high - 1):
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # the sum of the bounds could overflow
-        count = _count_above(first_keys, keys_ptr, num_keys, middle)
-        raises_low = count >= k
-        low = tl.where(raises_low, middle, low)
-        num_above_low = tl.where(raises_low, count, num_above_low)
-        high = tl.where(raises_low, high, middle)
-        num_above_high = tl.where(raises_low, num_above_high, count)
-    low_is_limit = num_above_low <= k
-    return tl.where(low_is_limit, low, high), tl.where(low_is_limit, num_above_low, num_above_high)
+    limit, num_above = low, _count_above(first_keys, keys_ptr, num_keys, low)
+    if num_above > most:
+        limit, num_above = high, tl.zeros_like(num_above)
+        while (num_above < fewest) & (limit - low > 1):
+            middle = low + ((limit - low) >> 1)
+            count = _count_above(first_keys, keys_ptr, num_keys, middle)
+            fits = count <= most
+            low = tl.where(fits, low, middle)
+            limit = tl.where(fits, middle, limit)
+            num_above = tl.where(fits, count, num_above)
+    return limit, num_above
+
+
+@triton.jit
+def _largest_of_columns(first_keys, keys_ptr, num_keys):
+    """The largest of every TILE-th key: [TILE], the first column from key 0 on."""
+    TILES: tl.constexpr = len(first_keys)
+    TILE: tl.constexpr = first_keys[0].shape[0]
+    largest = _elementwise_max(first_keys[0], first_keys)
+    MORE: tl.constexpr = TILES if TILES < MORE_TILES else MORE_TILES
+    for start in range(TILES * TILE, num_keys, MORE * TILE):
+        largest = _elementwise_max(largest, load_keys(keys_ptr, start, num_keys, MORE, TILE))
+    return largest
 
 
 @triton.jit
@@ -98,8 +107,9 @@ def _count_above(first_keys, keys_ptr, num_keys, limit):
     TILES: tl.constexpr = len(first_keys)
     TILE: tl.constexpr = first_keys[0].shape[0]
     count = _count_in_tiles(first_keys, limit)
-    for start in range(TILES * TILE, num_keys, TILES * TILE):
-        count += _count_in_tiles(load_keys(keys_ptr, start, num_keys, TILES, TILE), limit)
+    MORE: tl.constexpr = TILES if TILES < MORE_TILES else MORE_TILES
+    for start in range(TILES * TILE, num_keys, MORE * TILE):
+        count += _count_in_tiles(load_keys(keys_ptr, start, num_keys, MORE, TILE), limit)
     # One sum across the threads, at the end: it takes longer than the rest of a step.
     return tl.sum(count)
 
@@ -142,66 +152,12 @@ def compact_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
 def keep_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
     """Reduce a list of distinct keys to its k largest, and return how many are left."""
     if num_keys > k:
-        limit, _ = limit_of_k_largest(keys_ptr, num_keys, k, TOP_BIT, BLOCK)
+        first_keys = load_keys(keys_ptr, 0, num_keys, 1, BLOCK)
+        top = tl.cast(1, first_keys[0].dtype) << TOP_BIT
+        # Bounds that depend on the keys save steps, but take registers.
+        limit, _ = limit_between(first_keys, keys_ptr, num_keys, k, k, tl.cast(-1, top.dtype), top - 1 + top)
         num_keys = compact_above(keys_ptr, num_keys, limit, BLOCK)
     return num_keys
-
-
-@triton.jit
-def coarse_limit(keys_ptr, num_keys, floor, fewest, most, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """A limit that at least `fewest` and at most `most` of the keys exceed, and the number of keys that exceed it.
-
-    That number is less than `fewest` only if equal keys straddle the border: then none of them exceeds the limit. If
-    there are no more than `most` candidates, the limit is -1. The search halves an interval, which takes about
-    log2(r / w) steps if the keys spread over r and those between the `fewest`-th and the `most`-th largest over w. The
-    first FIRST keys stay in registers; further keys are read again from the cache in every step.
-
-    Args:
-        keys_ptr: [num_keys].
-        num_keys: the number of keys.
-        floor: a key that every candidate exceeds, the larger the better.
-        fewest, most: at most num_keys; the farther apart, the fewer the steps.
-        FIRST: a power of two, a multiple of BLOCK.
-        BLOCK: keys that are counted side by side, best as many as there are threads.
-    """
-    row, column = tl.arange(0, FIRST // BLOCK)[:, None], tl.arange(0, BLOCK)
-    index = row * BLOCK + column[None, :]
-    first_keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-    limit = tl.cast(-1, first_keys.dtype)
-    num_above = _num_above(first_keys, keys_ptr, num_keys, limit, BLOCK)
-    if num_above > most:
-        low = tl.maximum(limit, tl.cast(floor, limit.dtype))  # more than `most` keys exceed it
-        limit = _largest(first_keys, keys_ptr, num_keys, BLOCK)  # at most `most` keys exceed it
-        num_above = tl.zeros_like(num_above)
-        while (num_above < fewest) & (limit - low > 1):
-            middle = low + ((limit - low) >> 1)
-            count = _num_above(first_keys, keys_ptr, num_keys, middle, BLOCK)
-            fits = count <= most
-            low = tl.where(fits, low, middle)
-            limit = tl.where(fits, middle, limit)
-            num_above = tl.where(fits, count, num_above)
-    return limit, num_above
-
-
-@triton.jit
-def _num_above(first_keys, keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
-    """The number of keys larger than `limit`, of which the first are `first_keys` [rows, BLOCK]."""
-    count = tl.sum((first_keys > limit).to(tl.int32), axis=0)
-    for start in range(first_keys.shape[0] * BLOCK, num_keys, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        count += (tl.load(keys_ptr + index, mask=index < num_keys, other=-1) > limit).to(tl.int32)
-    # One sum across the threads, at the end: it takes as long as counting dozens of keys.
-    return tl.sum(count)
-
-
-@triton.jit
-def _largest(first_keys, keys_ptr, num_keys, BLOCK: tl.constexpr):
-    """The largest key, of which the first are `first_keys` [rows, BLOCK]."""
-    largest = tl.max(first_keys, axis=0)
-    for start in range(first_keys.shape[0] * BLOCK, num_keys, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(keys_ptr + index, mask=index < num_keys, other=-1))
-    return tl.max(largest)
 
 
 @triton.jit

@@ -248,7 +248,7 @@ def _mine_kernel(
     wanted = tl.maximum(wanted, tl.cast(min_negatives, tl.float32))
     wanted = tl.minimum(wanted, tl.cast(num_anchors, tl.float32)).to(tl.int32)
     low, hardest = bounds_of_k_largest(first_keys, keys_ptr, num_anchors, wanted)
-    limit, num_above = limit_between(first_keys, keys_ptr, num_anchors, wanted, low, hardest)
+    limit, num_above = limit_between(first_keys, keys_ptr, num_anchors, wanted, wanted, low, hardest)
     last_tie = -1
     # Equal keys straddle the border: the lowest anchors are mined.
     if (num_above < wanted) & (limit >= 0):

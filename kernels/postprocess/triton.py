@@ -63,10 +63,12 @@ from ssdcore.kernels.device.head import (
 from ssdcore.kernels.device.selection import (
     LAST_NUMBER,
     NUMBERED_SCORE_TOP_BIT,
-    coarse_limit,
     compact_above,
     complement,
     keep_k_largest,
+    largest_key,
+    limit_between,
+    load_keys,
     pad_keys,
     rank_descending,
 )
@@ -75,7 +77,7 @@ from ssdcore.kernels.rules import EXACT, round_down
 CUTOFF_ANCHORS = 8  # at most so many anchors above the cutoff per wanted detection, at least half as many
 GATHER_PROGRAMS = 288  # of all images together, about two per multiprocessor of an H200
 GATHER_BLOCK = 512  # anchors decoded at once, two per thread at eight warps; more would cost registers
-GATHER_SELECT_BLOCK = 8192  # keys of anchors in registers, 32 per thread at eight warps
+GATHER_SELECT_BLOCK = 9216  # keys of anchors in registers, 36 per thread at eight warps: all of SSD300
 SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at four warps
 FINAL_BLOCK = 128  # detections ranked at once, one per thread at four warps
 CANDIDATES_AT_ONCE = 32  # candidates compared at once: with 32 others, 8 pairs per thread
@@ -331,9 +333,12 @@ def _gather_kernel(
 ):
     image = tl.program_id(1).to(tl.int64)
     best_ptr = anchor_scores.best_ptr + image * num_anchors
-    floor = tl.cast(score_threshold, tl.float32).to(tl.int32, bitcast=True)
+    floor = tl.maximum(tl.cast(score_threshold, tl.float32).to(tl.int32, bitcast=True), -1)  # -0.0 has no key
     most = tl.where(num_anchors <= capacity, capacity, capacity - capacity // 4)
-    cutoff, _ = coarse_limit(best_ptr, num_anchors, floor, capacity // 2, most, SELECT_BLOCK, BLOCK)
+    first_keys = load_keys(best_ptr, 0, num_anchors, SELECT_BLOCK // BLOCK, BLOCK)
+    highest = largest_key(first_keys, best_ptr, num_anchors)
+    cutoff, _ = limit_between(first_keys, best_ptr, num_anchors, capacity // 2, most, floor, highest)
+    cutoff = tl.where(cutoff == floor, -1, cutoff)  # all candidates are listed
     tl.store(cutoff_ptr + image, cutoff)  # every program stores the same value
 
     height = tl.load(image_sizes_ptr + image * 2).to(tl.float32)
@@ -513,8 +518,10 @@ def _store_detections(
     most = sizes.detections + sizes.detections // 4
     if count > most:
         # The score of every candidate exceeds the cutoff.
-        floor = cutoff.to(tl.int64) << 32
-        limit, _ = coarse_limit(kept_keys_ptr, count, floor, sizes.detections, most, FINALISTS, BLOCK)
+        floor = tl.maximum(cutoff.to(tl.int64) << 32, -1)
+        first_keys = load_keys(kept_keys_ptr, 0, count, FINALISTS // BLOCK, BLOCK)
+        best = largest_key(first_keys, kept_keys_ptr, count)
+        limit, _ = limit_between(first_keys, kept_keys_ptr, count, sizes.detections, most, floor, best)
         count = compact_above(kept_keys_ptr, count, limit, FINALISTS)
     tl.store(output.num_detections_ptr + image, tl.minimum(count, sizes.detections))
     pad_keys(kept_keys_ptr, count, AT_ONCE)
