@@ -1,4 +1,4 @@
-"""Exact, batched object-detection ops (`ssdcore.kernels`), and a thin SSD300 detector that uses them."""
+"""Exact, batched object-detection ops (`ssdcore.kernels`), and a thin SSD detector that uses them."""
 
 from importlib import import_module
 from importlib.metadata import version
@@ -9,10 +9,12 @@ __version__ = version("ssdcore")
 _LAZY = {
     "AnchorConfig": "ssdcore.anchors",
     "make_anchors": "ssdcore.anchors",
-    "MODELS": "ssdcore.model",
-    "SSD": "ssdcore.model",
-    "ssd300_tiny": "ssdcore.model",
-    "ssd300_vgg16": "ssdcore.model",
+    "MODELS": "ssdcore.models",
+    "SSD": "ssdcore.models",
+    "ssd300_resnet50": "ssdcore.models",
+    "ssd300_tiny": "ssdcore.models",
+    "ssd300_vgg16": "ssdcore.models",
+    "ssd512_vgg16": "ssdcore.models",
     "load_model": "ssdcore.weights",
     "save_weights": "ssdcore.weights",
 }

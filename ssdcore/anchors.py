@@ -1,11 +1,11 @@
-"""SSD300's anchors: 8732 default boxes over six feature maps.
+"""Anchors: 8732 default boxes over six feature maps for SSD300, 24564 over seven for SSD512.
 
 Positions and sizes follow Liu et al., "SSD: Single Shot MultiBox Detector" (2016), section 2.2. The arithmetic is that
 of torchvision's `DefaultBoxGenerator`, so that the anchors are bit-identical to torchvision's.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,6 +59,15 @@ class AnchorConfig:
 
 SSD300_COCO = AnchorConfig()
 SSD300_VOC = AnchorConfig(scales=(0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05))
+SSD300_NVIDIA = AnchorConfig(clip="centers")
+SSD512_COCO = AnchorConfig(
+    image_size=512,
+    grid_sizes=(64, 32, 16, 8, 4, 2, 1),
+    steps=(8, 16, 32, 64, 128, 256, 512),
+    scales=(0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06),
+    aspect_ratios=((2,), (2, 3), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+)
+SSD512_VOC = replace(SSD512_COCO, scales=(0.07, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05))
 
 
 def make_anchors(config: AnchorConfig = SSD300_COCO) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `ssdcore demo | train | evaluate | detect`. Each command is also a Python function.
+"""The command line: `ssdcore demo | train | evaluate | detect | models`. Each command is also a Python function.
 
 Modules that import torch are imported inside the functions that need them, so that `ssdcore --help` answers at once.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ssdcore.data import DetectionDataset
-    from ssdcore.model import SSD
+    from ssdcore.models import SSD
 
 DEMO_TRAIN, DEMO_VAL = 600, 150  # images; enough for an AP50 of 0.95, and few enough for minutes on two CPU cores
 DEMO_EPOCHS = 20
@@ -32,7 +32,7 @@ MAX_PROBLEMS = 3  # problems of a dataset that are printed
 
 app = typer.Typer(
     name="ssdcore",
-    help="Train, evaluate and run SSD300 object detectors.",
+    help="Train, evaluate and run SSD object detectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,8 +49,15 @@ Weights = Annotated[Path, typer.Option(help="Path of a trained model's model.saf
 InitialWeights = Annotated[
     str | None,
     _option(
-        "Weights to start from: a model.safetensors, whose classes may differ; or, for ssd300_vgg16, "
-        "IMAGENET1K_FEATURES, torchvision's weights for the backbone. Default: random weights."
+        "Weights of a whole detector to start from: a model.safetensors, whose classes may differ. "
+        "Default: random weights."
+    ),
+]
+BackboneWeights = Annotated[
+    str | None,
+    _option(
+        "Weights of the backbone to start from: torchvision's by name, such as DEFAULT, or IMAGENET1K_FEATURES for "
+        "VGG-16; or a .pth or .safetensors file. Default: random weights."
     ),
 ]
 ValSplit = Annotated[
@@ -119,16 +126,18 @@ def demo(
 @app.command()
 def train(
     data: Data,
-    model: Annotated[str, typer.Option(help="ssd300_tiny or ssd300_vgg16.")] = "ssd300_tiny",
+    model: Annotated[str, typer.Option(help="One of those that `ssdcore models` lists.")] = "ssd300_tiny",
     output: Annotated[Path | None, _option("Folder for the run. Default: runs/DATASET-MODEL.")] = None,
     epochs: Annotated[
-        int | None, _option("Default: 40 for ssd300_tiny; 120 for ssd300_vgg16, and more on a small dataset.")
+        int | None, _option("Default: 40 for ssd300_tiny; 120 with VGG-16, 65 with a ResNet, more on a small dataset.")
     ] = None,
-    batch_size: Annotated[int | None, _option("Default: 16 for ssd300_tiny, 32 for ssd300_vgg16.")] = None,
+    batch_size: Annotated[int | None, _option("Default: 16 for ssd300_tiny, otherwise 32.")] = None,
     lr: Annotated[
-        float | None, _option("Highest learning rate. Default: 2e-3 for ssd300_tiny, 1e-3 for ssd300_vgg16.")
+        float | None,
+        _option("Highest learning rate. Default: 2e-3 for ssd300_tiny, 1e-3 with VGG-16, 2.6e-3 with a ResNet."),
     ] = None,
     weights: InitialWeights = None,
+    weights_backbone: BackboneWeights = None,
     train_split: Annotated[str | None, _option("Default: trainval if the dataset has it, otherwise train.")] = None,
     val_split: ValSplit = None,
     seed: Annotated[
@@ -146,7 +155,7 @@ def train(
 
     train_set, val_set = _open_train_and_val(data, train_split, val_split)
     output = output or Path("runs") / f"{data.resolve().name}-{model}"
-    net = _model_to_train(model, weights, train_set.classes, seed, output if resume else None)
+    net = _model_to_train(model, weights, weights_backbone, train_set.classes, seed, output if resume else None)
     torch_device = _device(device)
     saved_epoch = f"the epoch with the best AP50 on {val_set.split}" if val_set else "the last epoch"
     print(f"training {model} on {torch_device.type} with {len(train_set)} images of {train_set.split}")
@@ -262,6 +271,19 @@ def detect(
     return pictures
 
 
+@app.command()
+def models() -> str:
+    """List the models that `train --model` knows, with their sizes.
+
+    The parameters and GMACs (10^9 multiply-accumulates for one image) are counted on this machine.
+    """
+    from ssdcore.models.facts import table
+
+    text = table()
+    print(text)
+    return text
+
+
 def _open_train_and_val(
     data: Path, train_split: str | None, val_split: str | None
 ) -> "tuple[DetectionDataset, DetectionDataset | None]":
@@ -318,13 +340,17 @@ def _open(data: Path, split: str, classes: "Sequence[str] | None" = None) -> "De
 
 
 def _model_to_train(
-    name: str, weights: str | None, classes: "Sequence[str]", seed: int, resumed_run: Path | None
+    name: str,
+    weights: str | None,
+    weights_backbone: str | None,
+    classes: "Sequence[str]",
+    seed: int,
+    resumed_run: Path | None,
 ) -> "SSD":
     """The model to train: of a resumed run, from a file, with a pretrained backbone, or with random weights."""
     import torch
-    from torchvision.models import VGG16_Weights
 
-    from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS
+    from ssdcore.models import IMAGENET_MEAN, IMAGENET_STD, MODELS
     from ssdcore.weights import fine_tuned, load_model
 
     if resumed_run is not None and (resumed_run / "model.safetensors").exists():
@@ -334,10 +360,16 @@ def _model_to_train(
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     torch.manual_seed(seed)
     num_classes = len(classes) + 1
+    if weights is not None and weights_backbone is not None:
+        raise ValueError("weights and weights-backbone must not be given together: weights hold a backbone's too")
+    if weights_backbone is not None:
+        if name == "ssd300_tiny":
+            raise ValueError(
+                "weights-backbone must not be given for ssd300_tiny: its backbone has no weights elsewhere"
+            )
+        return MODELS[name](num_classes, weights_backbone)
     if weights is None:
         return MODELS[name](num_classes, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
-    if name == "ssd300_vgg16" and weights in VGG16_Weights.__members__:
-        return MODELS[name](num_classes, weights_backbone=weights)
     model, not_loaded = fine_tuned(weights, classes)
     if model.name != name:
         raise ValueError(f"model must be {model.name}, the model in {weights}, got {name}")

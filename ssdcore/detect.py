@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ssdcore.data import DetectionDataset, read_rgb
-from ssdcore.model import SSD
+from ssdcore.models import SSD
 from ssdcore.objects import DetectedObjects
 from ssdcore.transforms import collate, eval_transform
 

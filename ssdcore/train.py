@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ssdcore.data import DetectionDataset
 from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
-from ssdcore.model import SSD
+from ssdcore.models import SSD
 from ssdcore.objects import Target
 from ssdcore.transforms import collate, train_transform
 from ssdcore.weights import description, save_weights, write_atomically
@@ -78,13 +78,21 @@ class Recipe:
         return max(self.epochs, math.ceil(self.steps / max(1, images // batch_size)))
 
 
+def _sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=0.9)
+
+
+TINY = Recipe(40, 16, 2e-3, 1e-2, torch.optim.AdamW, one_cycle)
+# Without normalisation layers, the model needs some thousand steps before it detects anything. Therefore a dataset
+# of a few hundred images needs as many steps as a large one.
+VGG = Recipe(120, 32, 1e-3, 5e-4, _sgd, two_drops, steps=5000)
+# NVIDIA's SSD300 v1.1: 65 epochs, drops after 43 and 54.
+RESNET = Recipe(65, 32, 2.6e-3, 5e-4, _sgd, two_drops, steps=5000)
 RECIPES = {
-    "ssd300_tiny": Recipe(40, 16, 2e-3, 1e-2, torch.optim.AdamW, one_cycle),
-    # Without normalisation layers, the model needs some thousand steps before it detects anything. Therefore a dataset
-    # of a few hundred images needs as many steps as a large one.
-    "ssd300_vgg16": Recipe(
-        120, 32, 1e-3, 5e-4, lambda groups: torch.optim.SGD(groups, momentum=0.9), two_drops, steps=5000
-    ),
+    "ssd300_tiny": TINY,
+    "ssd300_vgg16": VGG,
+    "ssd512_vgg16": VGG,
+    **{f"ssd300_resnet{depth}": RESNET for depth in (18, 34, 50, 101, 152)},
 }
 
 

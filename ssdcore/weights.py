@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssdcore.anchors import AnchorConfig
-from ssdcore.model import MODELS, SSD
+from ssdcore.models import MODELS, SSD
 
 HEADER_FIELDS = {"model", "classes", "category_ids", "anchors", "image_mean", "image_std"}  # see `description`
 ANCHOR_FIELDS = {field.name for field in fields(AnchorConfig)}
@@ -134,8 +134,10 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header is None:
         raise ValueError(f"{path} was not written by ssdcore: its header does not describe a model")
     known = isinstance(header, dict) and header.keys() >= HEADER_FIELDS
-    if not (known and header["model"] in MODELS and set(header["anchors"]) <= ANCHOR_FIELDS):
+    if not (known and set(header["anchors"]) <= ANCHOR_FIELDS):
         raise ValueError(f"{path} does not describe a model that this version of ssdcore knows")
+    if header["model"] not in MODELS:
+        raise ValueError(f"{path} cannot be loaded: ssdcore.models.MODELS has no builder of {header['model']!r}")
     return header, tensors
 
 

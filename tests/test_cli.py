@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ssdcore import cli
-from ssdcore.model import ssd300_tiny
+from ssdcore.models import ssd300_tiny
 from ssdcore.synthetic import SHAPES, make_synthetic
 from ssdcore.weights import load_model, save_weights
 
@@ -244,3 +244,19 @@ def test_importing_ssdcore_does_not_import_torch_numpy_or_typer() -> None:
     code = "import sys, ssdcore; print([m for m in ('torch', 'numpy', 'typer') if m in sys.modules])"
     assert run_python("-c", code).stdout.strip() == "[]"
     assert "SSD" in run_python("-c", "import ssdcore; print(ssdcore.SSD.__name__)").stdout
+
+
+def test_models_lists_every_model_with_its_published_size() -> None:
+    from ssdcore.models import MODELS
+
+    result = invoke("models")
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in MODELS)
+    assert result.output.count("35,641,826") == 2  # counted, and published
+
+
+def test_initial_weights_that_exclude_each_other_raise_an_error(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights and weights-backbone must not be given together"):
+        cli.train(shapes, output=tmp_path, weights="a.safetensors", weights_backbone="DEFAULT", device="cpu")
+    with pytest.raises(ValueError, match="weights-backbone must not be given for ssd300_tiny"):
+        cli.train(shapes, output=tmp_path, weights_backbone="DEFAULT", device="cpu")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssdcore.data import open_dataset
 from ssdcore.detect import detect_dataset
 from ssdcore.kernels import Detections, match_anchors, multibox_loss
-from ssdcore.model import ssd300_tiny, ssd300_vgg16
+from ssdcore.models import ssd300_tiny, ssd300_vgg16
 from ssdcore.synthetic import make_synthetic
 from ssdcore.train import fit
 from ssdcore.weights import load_model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssdcore.anchors import SSD300_VOC
 from ssdcore.kernels import Detections
-from ssdcore.model import SSD, ssd300_tiny, ssd300_vgg16
+from ssdcore.models import SSD, ssd300_tiny, ssd300_vgg16
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -295,7 +295,7 @@ def test_files_without_weights_raise_an_error_that_names_them(tmp_path: Path) ->
     [
         ({}, "does not describe a model that this version of ssdcore knows"),
         ([], "does not describe a model that this version of ssdcore knows"),
-        ({"model": "ssd512"}, "does not describe a model that this version of ssdcore knows"),
+        ({"model": "ssd1"}, "cannot be loaded: ssdcore.models.MODELS has no builder of 'ssd1'"),
         ({"anchors": {"rotation": 1}}, "does not describe a model that this version of ssdcore knows"),
         ({"classes": ["cat", "dog"]}, "do not fit the model that its header describes"),
     ],

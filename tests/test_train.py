@@ -13,7 +13,7 @@ pytest.importorskip("torchvision")
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
-from ssdcore.model import SSD, ssd300_tiny, ssd300_vgg16
+from ssdcore.models import SSD, ssd300_tiny, ssd300_vgg16
 from ssdcore.synthetic import make_synthetic
 from ssdcore.train import RECIPES, _best_epoch, _parameter_groups, _Stream, fit, one_cycle, two_drops
 from ssdcore.transforms import train_transform

@@ -21,7 +21,7 @@ from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
 from ssdcore.cores import usable_cores
 from ssdcore.data import DetectionDataset, open_dataset
-from ssdcore.model import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
+from ssdcore.models import IMAGENET_MEAN, IMAGENET_STD, MODELS, SSD
 from ssdcore.synthetic import make_synthetic
 from ssdcore.transforms import collate, train_transform
 from ssdperf.cases.training import match_by_torchvision

@@ -1,4 +1,4 @@
-"""SSD300: a backbone, a head with two convolutions per feature map, and the ops of `ssdcore.kernels`.
+"""A single-shot detector: a backbone, a head with two convolutions per feature map, and the ops of `ssdcore.kernels`.
 
 The ops match anchors and compute the loss in training, and turn the head's outputs into detections otherwise.
 
@@ -6,19 +6,17 @@ Source: Liu et al., "SSD: Single Shot MultiBox Detector" (2016). Parameters, inp
 torchvision's `ssd300_vgg16` gives them, so that its weights, its training scripts and torchmetrics work unchanged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssdcore.anchors import SSD300_COCO, AnchorConfig, make_anchors
-from ssdcore.backbones import VGG16, Backbone, Tiny, xavier_init
 from ssdcore.kernels import Detections, match_anchors, multibox_loss, postprocess_detections
+from ssdcore.models.backbone import Backbone, xavier_init
 from ssdcore.objects import DetectedObjects, Target
 
-VGG_MEAN = (0.48235, 0.45882, 0.40784)  # of RGB in 0..1; 123, 117, 104 in 0..255
-VGG_STD = (1 / 255, 1 / 255, 1 / 255)  # VGG-16's pretrained weights expect pixels in 0..255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)  # of RGB in 0..1
 
@@ -74,11 +72,11 @@ class SSD(nn.Module):
     Under bf16 autocast the convolutions run in bf16 and the ops in fp32.
 
     Args:
-        name: the model's name in `MODELS`, from which `ssdcore.weights` builds the model again.
-        backbone: computes from [B, 3, S, S] the feature maps that `anchors` describes; has `out_channels`.
+        backbone: computes from [B, 3, S, S] the feature maps that `anchors` describes.
         num_classes: number of classes including the background.
         anchors: positions and shapes of the anchors.
         image_mean, image_std: mean and standard deviation of RGB in 0..1, for the normalisation.
+        name: the model's name in `MODELS`, from which `ssdcore.weights` builds the model again.
 
     Attributes:
         score_threshold, iou_threshold, topk_candidates, max_detections: arguments of `postprocess_detections`. They
@@ -87,7 +85,7 @@ class SSD(nn.Module):
             does not contribute to the loss.
 
     Raises:
-        ValueError: `num_classes` is less than 2.
+        ValueError: `num_classes` is less than 2; or the backbone has another number of feature maps than `anchors`.
     """
 
     anchors: Tensor  # [A, 4] xyxy
@@ -96,16 +94,20 @@ class SSD(nn.Module):
 
     def __init__(
         self,
-        name: str,
         backbone: Backbone,
         num_classes: int,
-        anchors: AnchorConfig,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
+        anchors: AnchorConfig = SSD300_COCO,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        *,
+        name: str = "custom",
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (the background and one class), got {num_classes}")
+        num_maps, expected = len(backbone.out_channels), len(anchors.grid_sizes)
+        if num_maps != expected:
+            raise ValueError(f"backbone must have {expected} feature maps, as the anchors have, got {num_maps}")
         self.name = name
         self.num_classes = num_classes
         self.anchor_config = anchors
@@ -216,45 +218,6 @@ class SSD(nn.Module):
             {"boxes": boxes[b, :count], "labels": labels[b, :count], "scores": scores[b, :count]}
             for b, count in enumerate(counts.tolist())  # the only wait for the GPU
         ]
-
-
-def ssd300_vgg16(
-    num_classes: int = 91,
-    weights_backbone: str | object | None = None,
-    *,
-    anchors: AnchorConfig = SSD300_COCO,
-    image_mean: Sequence[float] = VGG_MEAN,
-    image_std: Sequence[float] = VGG_STD,
-) -> SSD:
-    """Build SSD300 on VGG-16, with the parameters, parameter names and outputs of torchvision's `ssd300_vgg16`.
-
-    Args:
-        num_classes: number of classes including the background.
-        weights_backbone: None, or torchvision's weights for VGG-16, or their name, such as "IMAGENET1K_FEATURES".
-        anchors: positions and shapes of the anchors.
-        image_mean, image_std: mean and standard deviation of RGB in 0..1. The defaults scale pixels to 0..255, as
-            pretrained weights expect. To train from scratch, pass `IMAGENET_STD`: without batch normalisation, nothing
-            else brings the features to unit scale.
-    """
-    return SSD("ssd300_vgg16", VGG16(weights_backbone), num_classes, anchors, image_mean, image_std)
-
-
-def ssd300_tiny(
-    num_classes: int = 91,
-    *,
-    anchors: AnchorConfig = SSD300_COCO,
-    image_mean: Sequence[float] = IMAGENET_MEAN,
-    image_std: Sequence[float] = IMAGENET_STD,
-) -> SSD:
-    """Build SSD300 on a backbone that two CPU cores can train in minutes.
-
-    The grid sizes of the feature maps, the anchors and the structure of the head are those of `ssd300_vgg16`. The
-    arguments have the meaning they have there.
-    """
-    return SSD("ssd300_tiny", Tiny(), num_classes, anchors, image_mean, image_std)
-
-
-MODELS: dict[str, Callable[..., SSD]] = {"ssd300_vgg16": ssd300_vgg16, "ssd300_tiny": ssd300_tiny}
 
 
 def _check_images(images: Tensor | Sequence[Tensor]) -> None:
