@@ -78,7 +78,7 @@ class AcceleratedSSD(SSD):
     ) -> list[DetectedObjects]:
         """Return the detected objects of each image, in pixels of the resized image."""
         logits = head_outputs["cls_logits"]
-        boxes, scores, labels, counts = postprocess_detections(
+        boxes, scores, labels, counts, _ = postprocess_detections(
             logits,
             head_outputs["bbox_regression"],
             image_anchors[0],

@@ -83,6 +83,7 @@ def test_worse_candidates_replace_suppressed_ones(backend: Backend, num_apart: i
     assert found.num_detections.tolist() == [len(expected)]
     assert found.labels[0, : len(expected)].tolist() == [label for _, label, _ in expected]
     assert torch.equal(found.boxes[0, : len(expected)], anchors[[anchor for *_, anchor in expected]])
+    assert found.anchor_idxs[0].tolist() == [anchor for *_, anchor in expected] + [-1] * (wanted - len(expected))
 
 
 @pytest.mark.parametrize("settings", [{"max_detections": 10}, {"max_detections": 60, "topk_candidates": 5}])
@@ -118,11 +119,12 @@ def test_padding_and_an_image_without_candidates(backend: Backend) -> None:
     found = run(backend, logits, torch.zeros(2, 1, 4), anchors, torch.tensor([[5, 100]] * 2), max_detections=3)
     assert found.num_detections.tolist() == [0, 1]
     assert found.labels.tolist() == [[-1] * 3, [1, -1, -1]]
+    assert found.anchor_idxs.tolist() == [[-1] * 3, [0, -1, -1]]
     assert found.boxes[0].abs().sum() == 0
     assert found.boxes[1, 0].tolist() == [0, 0, 10, 5]  # clipped to height 5
     assert found.boxes[1, 1:].abs().sum() == 0
     assert found.scores[1, 1:].tolist() == [0, 0]
-    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64, torch.int32]
+    assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64, torch.int32, torch.int64]
 
 
 def test_nan_and_infinite_logits_give_no_candidates_and_nan_boxes_stay(backend: Backend) -> None:

@@ -24,6 +24,7 @@ class Candidates(NamedTuple):
     boxes: np.ndarray  # [S, 4]
     score: np.ndarray  # fp32 [S]
     class_index: np.ndarray  # [S] label - 1
+    anchor: np.ndarray  # int64 [S]
     complete: bool  # none of the image's candidates is left out
 
 
@@ -37,12 +38,13 @@ def postprocess_detections(
     iou_threshold: float,
     topk_candidates: int,
     max_detections: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, _, num_classes = cls_logits[0].shape
     boxes = np.zeros((batch, max_detections, 4), dtype=np.float32)
     scores = np.zeros((batch, max_detections), dtype=np.float32)
     labels = np.full((batch, max_detections), -1, dtype=np.int64)
     num_detections = np.zeros(batch, dtype=np.int32)
+    anchor_idxs = np.full((batch, max_detections), -1, dtype=np.int64)
 
     # Whether a candidate is kept depends on the better candidates of its class alone. So once `max_detections` of those
     # above some cutoff are kept, no candidate below it matters.
@@ -74,11 +76,12 @@ def postprocess_detections(
                 scores[image, : len(best)] = candidates.score.take(best)
                 labels[image, : len(best)] = candidates.class_index.take(best) + 1
                 num_detections[image] = len(best)
+                anchor_idxs[image, : len(best)] = candidates.anchor.take(best)
                 unsettled.remove(image)
         cutoff_anchors *= CUTOFF_GROWTH
     device = cls_logits[0].device
-    outputs = (torch.from_numpy(x).to(device) for x in (boxes, scores, labels, num_detections))
-    return tuple(outputs)  # type: ignore[return-value]  # four of them
+    outputs = (torch.from_numpy(x).to(device) for x in (boxes, scores, labels, num_detections, anchor_idxs))
+    return tuple(outputs)  # type: ignore[return-value]  # five of them
 
 
 def _best_scores(cls_logits: Sequence[Tensor]) -> np.ndarray:
@@ -134,6 +137,7 @@ def _candidates(
         boxes.cpu().numpy().take(row.take(order), axis=0),
         score.take(order),
         class_index.take(order),
+        above.take(row.take(order)),
         complete=cutoff <= score_threshold,
     )
 

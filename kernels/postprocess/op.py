@@ -14,12 +14,13 @@ from ssdcore.kernels.rules import BOX_WEIGHTS
 
 
 class Detections(NamedTuple):
-    """The detections of a batch, best first, padded to D per image with zeros and label -1."""
+    """The detections of a batch, best first, padded to D per image with zeros, label -1 and anchor -1."""
 
     boxes: Tensor  # fp32 [B, D, 4] xyxy
     scores: Tensor  # fp32 [B, D]
     labels: Tensor  # int64 [B, D]
     num_detections: Tensor  # int32 [B]
+    anchor_idxs: Tensor  # int64 [B, D]: the anchor that each detection came from, -1 where padded
 
 
 def postprocess_detections(
@@ -45,6 +46,9 @@ def postprocess_detections(
     4. `nms` within each class.
     5. The `max_detections` best of the image. Equal scores are ordered by class, then by anchor.
 
+    `anchor_idxs` says which anchor each detection came from, to gather what else is known of it: its logits, a mask, an
+    embedding. An anchor may give detections of several classes.
+
     The detections are constants: they carry no gradient. On a GPU, B is at most 65,535.
 
     Args:
@@ -60,7 +64,7 @@ def postprocess_detections(
         max_detections: D, the most detections of an image; 1 or more.
 
     Returns:
-        `Detections` of fixed shapes, float32, best first, padded with zeros and label -1.
+        `Detections` of fixed shapes, float32, best first, padded with zeros, label -1 and anchor -1.
 
     Raises:
         TypeError: an argument is not a tensor, has another dtype, or a count is not an int.
@@ -107,13 +111,14 @@ def _fake_postprocess_detections(
     iou_threshold: float,
     topk_candidates: int,
     max_detections: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like, batch = cls_logits[0], cls_logits[0].shape[0]
     return (
         like.new_empty(batch, max_detections, 4, dtype=torch.float32),
         like.new_empty(batch, max_detections, dtype=torch.float32),
         like.new_empty(batch, max_detections, dtype=torch.int64),
         like.new_empty(batch, dtype=torch.int32),
+        like.new_empty(batch, max_detections, dtype=torch.int64),
     )
 
 

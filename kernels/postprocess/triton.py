@@ -118,6 +118,7 @@ class Output(NamedTuple):
     scores_ptr: Tensor  # fp32 [B, D]
     labels_ptr: Tensor  # int64 [B, D]
     num_detections_ptr: Tensor  # int32 [B]
+    anchor_idxs_ptr: Tensor  # int64 [B, D]
 
 
 class Sizes(NamedTuple):
@@ -514,6 +515,7 @@ def _store_detections(
     out_boxes_ptr = output.boxes_ptr + image * sizes.detections * 4
     out_scores_ptr = output.scores_ptr + image * sizes.detections
     out_labels_ptr = output.labels_ptr + image * sizes.detections
+    out_anchors_ptr = output.anchor_idxs_ptr + image * sizes.detections
     # A few more than wanted are sorted: finding exactly the best would take more steps.
     most = sizes.detections + sizes.detections // 4
     if count > most:
@@ -532,11 +534,13 @@ def _store_detections(
         rank = tl.where(exists, rank_descending(kept_keys_ptr, keys, count, AT_ONCE), index)
         number = _number_of(keys)
         class_index = number // sizes.anchors
+        anchor = number - class_index * sizes.anchors
         inside = rank < sizes.detections
-        box = load_box(boxes_ptr, number - class_index * sizes.anchors, exists & inside)
+        box = load_box(boxes_ptr, anchor, exists & inside)
         store_box(out_boxes_ptr, rank, box, inside)
         tl.store(out_scores_ptr + rank, tl.where(exists, _score_of(keys), 0.0), mask=inside)
         tl.store(out_labels_ptr + rank, tl.where(exists, class_index + 1, -1).to(tl.int64), mask=inside)
+        tl.store(out_anchors_ptr + rank, tl.where(exists, anchor, -1).to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -684,7 +688,7 @@ def launch_postprocess_detections(
     iou_threshold: float,
     topk_candidates: int,
     max_detections: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     levels, head = levels_of(cls_logits, box_deltas)
     batch, num_foreground, device = len(image_sizes), head.classes - 1, anchors.device
     sizes = sizes_of(len(anchors), num_foreground, topk_candidates, max_detections)
@@ -697,10 +701,11 @@ def launch_postprocess_detections(
         empty(torch.float32, batch, max_detections),
         empty(torch.int64, batch, max_detections),
         empty(torch.int32, batch),
+        empty(torch.int64, batch, max_detections),
     )
     if batch * sizes.topk * num_foreground == 0:
-        boxes, scores, labels, num_detections = output
-        return boxes.zero_(), scores.zero_(), labels.fill_(-1), num_detections.zero_()
+        boxes, scores, labels, num_detections, anchor_idxs = output
+        return boxes.zero_(), scores.zero_(), labels.fill_(-1), num_detections.zero_(), anchor_idxs.fill_(-1)
     assert num_foreground * sizes.anchors <= LAST_NUMBER.value, "a candidate's number fits 31 bits"
     assert head.classes * sizes.capacity <= LAST_NUMBER.value, "so does its place among the lists of an image"
 

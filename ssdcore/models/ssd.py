@@ -211,7 +211,8 @@ class SSD(nn.Module):
             cls_logits, box_deltas: from `predict`.
             sizes: [B, 4] w, h, w, h of the original images in pixels, on the CPU.
         """
-        boxes, scores, labels, counts = self.postprocess(cls_logits, box_deltas)  # [B, D, 4] xyxy, [B, D], [B, D], [B]
+        # [B, D, 4] xyxy, [B, D], [B, D], [B]
+        boxes, scores, labels, counts, _ = self.postprocess(cls_logits, box_deltas)
         scales = (sizes / self.anchor_config.image_size).to(boxes.device, non_blocking=True)  # [B, 4]
         boxes = boxes * scales[:, None]
         return [

@@ -191,16 +191,18 @@ def check_postprocess_detections(
     """Assert that `postprocess_detections` returns the right detections in the right order, and pads correctly.
 
     The function is called with keyword arguments named as in `ssdcore.kernels.postprocess_detections`, without
-    `weights`, and must return boxes, scores, labels (int64) and the number of detections (int32), in this order.
-    `cls_logits` and `box_deltas` are packed, [B, A, C] and [B, A, 4]. Labels and numbers must be equal to the oracle's;
-    scores and boxes must be close.
+    `weights`, and must return boxes, scores, labels (int64) and the number of detections (int32), in this order. It may
+    also return, fifth, the anchors that the detections came from (int64). `cls_logits` and `box_deltas` are packed,
+    [B, A, C] and [B, A, 4]. Labels, numbers and anchors must be equal to the oracle's; scores and boxes must be close.
     """
 
     def compare(problem: Problem, tensors: Problem) -> None:
-        boxes, scores, labels, count = postprocess_detections(**tensors)
+        boxes, scores, labels, count, *anchor_idxs = postprocess_detections(**tensors)
         expected = reference.postprocess_detections(**problem)
         _assert_equal(count, expected[3], torch.int32, "num_detections")
         _assert_equal(labels, expected[2], torch.int64, "labels")
+        if anchor_idxs:
+            _assert_equal(anchor_idxs[0], expected[4], torch.int64, "anchor_idxs")
         assert_close(scores, expected[1], name="scores")
         assert_close(boxes, expected[0], scale=strategies.COORDINATE, name="boxes")
 

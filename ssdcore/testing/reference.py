@@ -228,31 +228,33 @@ def postprocess_detections(
     iou_threshold: float = 0.45,
     topk_candidates: int = 400,
     max_detections: int = 200,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """Detect objects from logits [B, A, C] and deltas [B, A, 4].
 
     Returns:
-        Boxes [B, D, 4] xyxy, scores [B, D], labels [B, D] and the number of detections [B], with D = `max_detections`.
-        Within an image, detections are sorted by descending score, and padded with zeros and label -1.
+        Boxes [B, D, 4] xyxy, scores [B, D], labels [B, D], the number of detections [B] and the anchors they came from
+        [B, D], with D = `max_detections`. Within an image, detections are sorted by descending score, and padded with
+        zeros, label -1 and anchor -1.
     """
     batch, num_anchors, num_classes = cls_logits.shape
     boxes = np.zeros((batch, max_detections, 4))
     scores = np.zeros((batch, max_detections))
     labels = np.full((batch, max_detections), -1, dtype=np.int64)
     count = np.zeros(batch, dtype=np.int32)
+    anchor_idxs = np.full((batch, max_detections), -1, dtype=np.int64)
     for b in range(batch):
         probability = softmax(cls_logits[b])
         height, width = image_sizes[b]
-        kept = []  # (score, class, box)
+        kept = []  # (score, class, box, anchor)
         for c in range(1, num_classes):
             candidates = [a for a in range(num_anchors) if probability[a, c] > score_threshold]
             best = [candidates[i] for i in by_score(probability[candidates, c])][:topk_candidates]
             decoded = decode_boxes(box_deltas[b, best], anchors[best], weights)
             decoded = np.clip(decoded, 0, [width, height, width, height])
             for i in nms(decoded, probability[best, c], iou_threshold):
-                kept.append((probability[best[i], c], c, decoded[i]))
-        top = [kept[i] for i in by_score(np.array([score for score, _, _ in kept]))][:max_detections]
+                kept.append((probability[best[i], c], c, decoded[i], best[i]))
+        top = [kept[i] for i in by_score(np.array([score for score, *_ in kept]))][:max_detections]
         count[b] = len(top)
-        for d, (score, c, box) in enumerate(top):
-            boxes[b, d], scores[b, d], labels[b, d] = box, score, c
-    return boxes, scores, labels, count
+        for d, (score, c, box, anchor) in enumerate(top):
+            boxes[b, d], scores[b, d], labels[b, d], anchor_idxs[b, d] = box, score, c, anchor
+    return boxes, scores, labels, count, anchor_idxs
