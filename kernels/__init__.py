@@ -14,13 +14,13 @@ if __name__ != "ssdcore.kernels":
 # The function `nms` hides the package of that name: its modules are reached by `from ssdcore.kernels.nms import eager`.
 from ssdcore.kernels.boxes.op import box_iou, decode_boxes, encode_boxes
 from ssdcore.kernels.matching.op import match_anchors
-from ssdcore.kernels.multibox.op import MultiBoxLoss, multibox_loss
+from ssdcore.kernels.multibox.op import MultiBoxLosses, multibox_loss
 from ssdcore.kernels.nms.op import batched_nms, batched_nms_padded, nms
 from ssdcore.kernels.postprocess.op import Detections, postprocess_detections
 
 __all__ = [
     "Detections",
-    "MultiBoxLoss",
+    "MultiBoxLosses",
     "batched_nms",
     "batched_nms_padded",
     "box_iou",

@@ -9,6 +9,7 @@ __version__ = version("ssdcore")
 _LAZY = {
     "AnchorConfig": "ssdcore.anchors",
     "make_anchors": "ssdcore.anchors",
+    "MultiBoxLoss": "ssdcore.criterion",
     "MODELS": "ssdcore.models",
     "SSD": "ssdcore.models",
     "ssd300_resnet50": "ssdcore.models",

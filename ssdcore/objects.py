@@ -4,8 +4,10 @@ Every tensor has one entry per object. Label 0 is the background and does not oc
 torchvision's detectors and torchmetrics use, so that they can be exchanged with both.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # The ground truth of one image. `SSD` needs these entries and ignores others:
@@ -21,3 +23,20 @@ Target = dict[str, Any]
 #   labels: int64 [K] in 1..num_classes - 1
 #   scores: fp32 [K]
 DetectedObjects = dict[str, Tensor]
+
+
+def ragged(targets: Sequence[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the ground truth of a batch as the ops of `ssdcore.kernels` take it, without waiting for the GPU.
+
+    Args:
+        targets: one per image, on any device; `boxes` of any float dtype, because boxes that come from NumPy are often
+            fp64.
+        device: where the result is placed.
+
+    Returns:
+        `gt_boxes` fp32 [T, 4], `gt_labels` int64 [T] and `gt_offsets` int64 [B + 1], the first row of each image.
+    """
+    gt_boxes = torch.cat([target["boxes"].to(device, torch.float32, non_blocking=True) for target in targets])
+    gt_labels = torch.cat([target["labels"].to(device, non_blocking=True) for target in targets])
+    counts = torch.tensor([0, *(len(target["labels"]) for target in targets)])
+    return gt_boxes, gt_labels, counts.cumsum(0).to(device, non_blocking=True)

@@ -78,7 +78,7 @@ def test_one_wrong_match_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_that_is_off_by_a_thousandth_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.multibox_loss
 
-    def off(*args: torch.Tensor) -> kernels.MultiBoxLoss:
+    def off(*args: torch.Tensor) -> kernels.MultiBoxLosses:
         losses = right(*args)
         return losses._replace(classification=losses.classification * 1.001)
 

@@ -25,7 +25,7 @@ from ssdcore.kernels.rules import BOX_WEIGHTS, computed_dtype
 NEG_POS_RATIO = 3.0  # negatives mined per positive; SSD paper, section 2.2
 
 
-class MultiBoxLoss(NamedTuple):
+class MultiBoxLosses(NamedTuple):
     """The two terms of the SSD loss, each a scalar."""
 
     classification: Tensor
@@ -46,7 +46,7 @@ def multibox_loss(
     beta: float = 1.0,
     min_negatives: int = 0,
     normalizer: Literal["batch", "image"] = "batch",
-) -> MultiBoxLoss:
+) -> MultiBoxLosses:
     """The SSD loss: softmax cross-entropy with hard negative mining, and smooth L1 on the encoded boxes.
 
     Matched anchors are positives. In each image, the `ceil(neg_pos_ratio * positives)` other anchors with the largest
@@ -82,7 +82,7 @@ def multibox_loss(
         normalizer: what the sums are divided by.
 
     Returns:
-        `MultiBoxLoss(classification, bbox_regression)`: float32 scalars, float64 if the logits are.
+        `MultiBoxLosses(classification, bbox_regression)`: float32 scalars, float64 if the logits are.
 
     Raises:
         TypeError: an argument is not a tensor, has another dtype, or a count is not an int.
@@ -116,7 +116,7 @@ def multibox_loss(
         min_negatives,
         normalizer,
     )
-    return MultiBoxLoss(classification, bbox_regression)
+    return MultiBoxLosses(classification, bbox_regression)
 
 
 # --- registration -----------------------------------------------------------------------------------------
