@@ -13,7 +13,7 @@ pytest.importorskip("torchvision")
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
-from ssdcore.models import SSD, ssd300_tiny, ssd300_vgg16
+from ssdcore.models import MODELS, SSD, ssd300_tiny, ssd300_vgg16
 from ssdcore.synthetic import make_synthetic
 from ssdcore.train import RECIPES, _best_epoch, _parameter_groups, _Stream, fit, one_cycle, two_drops
 from ssdcore.transforms import train_transform
@@ -210,7 +210,7 @@ def test_weight_decay_applies_only_to_weights_of_convolutions() -> None:
     assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in undecayed["params"]} == {1}
     assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
-    assert RECIPES.keys() == {"ssd300_tiny", "ssd300_vgg16"}
+    assert RECIPES.keys() == MODELS.keys()
 
 
 def test_the_first_of_several_best_epochs_is_chosen() -> None:
