@@ -194,8 +194,10 @@ def _settings(
     recipe = RECIPES[model.name]
     images = len(train_set)
     batch_size = min(recipe.batch_size if batch_size is None else batch_size, images)
+    described = description(model, train_set.classes, train_set.category_ids)
+    del described["postprocess"]  # it may be changed at any time, and a run that began without it can be resumed
     settings = {
-        **description(model, train_set.classes, train_set.category_ids),
+        **described,
         "images": images,
         "val_images": 0 if val_set is None else len(val_set),
         "epochs": recipe.epochs_for(images, max(1, batch_size)) if epochs is None else epochs,

@@ -240,6 +240,29 @@ def test_saved_weights_are_enough_to_build_the_model_again(tmp_path: Path) -> No
                 torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
+def test_a_file_keeps_the_postprocess_and_an_old_one_means_the_defaults(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from ssdcore.weights import description, load_model, save_weights
+    from ssdcore.weights.files import POSTPROCESS_FIELDS
+
+    path = tmp_path / "model.safetensors"
+    model = ssd300_tiny(2)
+    defaults = {name: getattr(model, name) for name in POSTPROCESS_FIELDS}
+    settings = {"score_threshold": 0.3, "iou_threshold": 0.6, "topk_candidates": 70, "max_detections": 9}
+    for name, value in settings.items():
+        setattr(model, name, value)
+    save_weights(model, path, ["a"])
+    again, _ = load_model(path)
+    assert {name: getattr(again, name) for name in POSTPROCESS_FIELDS} == settings
+
+    old = description(model, ["a"], [1])
+    del old["postprocess"]
+    save_file(model.state_dict(), path, metadata={"ssdcore": json.dumps(old)})
+    again, _ = load_model(path)
+    assert {name: getattr(again, name) for name in POSTPROCESS_FIELDS} == defaults
+
+
 def test_an_interrupted_save_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssdcore.weights import load_model, save_weights
 
@@ -297,9 +320,10 @@ def test_files_without_weights_raise_an_error_that_names_them(tmp_path: Path) ->
         ([], "does not describe a model that this version of ssdcore knows"),
         ({"model": "ssd1"}, "cannot be loaded: ssdcore.models.MODELS has no builder of 'ssd1'"),
         ({"anchors": {"rotation": 1}}, "does not describe a model that this version of ssdcore knows"),
+        ({"postprocess": {"soft": 1}}, "does not describe a model that this version of ssdcore knows"),
         ({"classes": ["cat", "dog"]}, "do not fit the model that its header describes"),
     ],
-    ids=["empty", "a list", "another model", "other anchors", "another number of classes"],
+    ids=["empty", "a list", "another model", "other anchors", "another postprocess", "another number of classes"],
 )
 def test_a_header_that_does_not_fit_raises_an_error_that_names_the_file(
     tmp_path: Path, header: Any, message: str

@@ -67,6 +67,7 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_run(shapes: Path, 
         )
     state = torch.load(tmp_path / "resumed" / "last.pt", weights_only=True)
     assert len(state["history"]) == 1
+    assert "postprocess" not in state["settings"]  # a run that began when files had none can be resumed
     # Another seed, because the initial weights of a resumed model must not matter.
     torch.manual_seed(1)
     resumed = run(shapes, tmp_path / "resumed", model=ssd300_tiny(4), val_set=val_set, resume=True)

@@ -1,6 +1,7 @@
 """Save a trained model to one safetensors file, and build the model again from that file alone.
 
-The file's tensors are the weights. The file's header holds everything else that is needed, as JSON.
+The file's tensors are the weights. The file's header holds everything else that is needed, as JSON. A file without
+settings of the postprocess, as older versions wrote it, means the defaults.
 """
 
 import json
@@ -17,6 +18,7 @@ from ssdcore.anchors import AnchorConfig
 from ssdcore.models import MODELS, SSD
 
 HEADER_FIELDS = {"model", "classes", "category_ids", "anchors", "image_mean", "image_std"}  # see `description`
+POSTPROCESS_FIELDS = ("score_threshold", "iou_threshold", "topk_candidates", "max_detections")  # attributes of `SSD`
 ANCHOR_FIELDS = {field.name for field in fields(AnchorConfig)}
 
 
@@ -32,6 +34,7 @@ def description(model: SSD, classes: Sequence[str], category_ids: Sequence[int])
         "anchors": asdict(model.anchor_config),
         "image_mean": model.image_mean.flatten().tolist(),
         "image_std": model.image_std.flatten().tolist(),
+        "postprocess": {name: getattr(model, name) for name in POSTPROCESS_FIELDS},
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(header))
     return as_read_back
@@ -133,8 +136,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if header is None:
         raise ValueError(f"{path} was not written by ssdcore: its header does not describe a model")
-    known = isinstance(header, dict) and header.keys() >= HEADER_FIELDS
-    if not (known and set(header["anchors"]) <= ANCHOR_FIELDS):
+    known = isinstance(header, dict) and header.keys() >= HEADER_FIELDS and set(header["anchors"]) <= ANCHOR_FIELDS
+    if not (known and set(header.get("postprocess", {})) <= set(POSTPROCESS_FIELDS)):
         raise ValueError(f"{path} does not describe a model that this version of ssdcore knows")
     if header["model"] not in MODELS:
         raise ValueError(f"{path} cannot be loaded: ssdcore.models.MODELS has no builder of {header['model']!r}")
@@ -143,12 +146,15 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _build(header: dict[str, Any], num_classes: int) -> SSD:
     anchors = {name: _tuples(value) for name, value in header["anchors"].items()}
-    return MODELS[header["model"]](
+    model = MODELS[header["model"]](
         num_classes,
         anchors=AnchorConfig(**anchors),
         image_mean=header["image_mean"],
         image_std=header["image_std"],
     )
+    for name, value in header.get("postprocess", {}).items():
+        setattr(model, name, value)
+    return model
 
 
 def _load_tensors(model: SSD, tensors: dict[str, Tensor], path: str | Path) -> None:
