@@ -1,6 +1,8 @@
 """Weights for a backbone from torchvision, by name, or from a file."""
 
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +38,11 @@ def backbone_state(architecture: str, weights: str | Path | object) -> dict[str,
     return state
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a file, without running code that the file may contain.
+def read_safely(path: Path) -> Any:
+    """Read a .safetensors file, or what `torch.save` wrote, without running code that the file may contain.
 
     Raises:
-        ValueError: the file does not exist, is damaged, or holds something else.
+        ValueError: the file does not exist, is damaged, or holds other objects than tensors and plain Python values.
     """
     if not path.is_file():
         raise ValueError(f"no weights at {path}: no such file")
@@ -48,11 +50,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        # torchvision's scripts save the arguments of the command line beside the weights.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever the reader happens to meet
         raise ValueError(f"{path} is not a file of weights that can be read safely: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, without running code that the file may contain.
+
+    Raises:
+        ValueError: the file does not exist, is damaged, or holds something else.
+    """
+    state = read_safely(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a state dict, tensors by name, got {type(state).__name__}")
     return state
