@@ -115,6 +115,17 @@ def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]
     return model, not_loaded
 
 
+def is_own(path: str | Path) -> bool:
+    """Whether `save_weights` wrote the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "ssdcore" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file as a whole or not at all: an interruption leaves the old file in place."""
     temporary = Path(f"{path}.tmp")
@@ -133,9 +144,14 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get("ssdcore", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a safetensors file: {error}. `ssdcore convert` reads checkpoints of other projects"
+        ) from error
     if header is None:
-        raise ValueError(f"{path} was not written by ssdcore: its header does not describe a model")
+        raise ValueError(
+            f"{path} was not written by ssdcore: its header does not describe a model. "
+            "`ssdcore convert` reads checkpoints of other projects"
+        )
     known = isinstance(header, dict) and header.keys() >= HEADER_FIELDS and set(header["anchors"]) <= ANCHOR_FIELDS
     if not (known and set(header.get("postprocess", {})) <= set(POSTPROCESS_FIELDS)):
         raise ValueError(f"{path} does not describe a model that this version of ssdcore knows")
