@@ -7,6 +7,7 @@ float64 stays on eager code there, because the kernels do not take it.
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,8 +53,8 @@ def define(
         return eager(*args)
 
     LIBRARY.define(name + infer_schema(eager, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, run_on_cuda, "CUDA")
-    LIBRARY.impl(name, run_on_cpu, "CPU")
+    LIBRARY.impl(name, _hidden_from_dynamo(run_on_cuda), "CUDA")
+    LIBRARY.impl(name, _hidden_from_dynamo(run_on_cpu), "CPU")
     register_fake(f"ssdcore::{name}", fake, lib=LIBRARY)
     overload: OpOverload = getattr(torch.ops.ssdcore, name).default
     return overload
@@ -66,6 +67,26 @@ def forbid_second_gradient(function: str, backward: OpOverload) -> None:
         raise NotImplementedError(f"{function} can be differentiated only once")
 
     register_autograd(backward, raise_error, lib=LIBRARY)
+
+
+def _hidden_from_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose Python code torch.compile does not compile.
+
+    It would, where an op breaks the graph, as `nms` does unless `capture_dynamic_output_shape_ops` is set. NumPy would
+    then be replaced by an imitation that does not know all of it.
+    """
+    hidden: Callable[..., Any] | None = None
+
+    def run_hidden(*args: Any) -> Any:
+        nonlocal hidden
+        # `disable` imports Dynamo, which takes seconds. Until somebody imports it, nothing is compiled.
+        if "torch._dynamo" not in sys.modules:
+            return run(*args)
+        if hidden is None:
+            hidden = torch.compiler.disable(run)
+        return hidden(*args)
+
+    return run_hidden
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:

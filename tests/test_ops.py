@@ -160,6 +160,14 @@ def test_compiles_as_one_graph(backend: Backend, name: str) -> None:
     assert same(found, expected)
 
 
+@pytest.mark.parametrize("name", ["nms", "batched_nms"])
+def test_an_op_that_breaks_the_graph_runs_uncompiled(backend: Backend, name: str) -> None:
+    # By default NMS is in no graph, because its result has any length. Dynamo must not go on to compile the op's code.
+    arguments, call = op_arguments(backend.device), _public_calls()[name]
+    torch._dynamo.reset()
+    assert same(torch.compile(call, backend="eager")(arguments), call(arguments))
+
+
 @pytest.mark.parametrize("name", op_arguments("cpu"))
 def test_default_dtype_and_default_device_do_not_matter(backend: Backend, name: str) -> None:
     arguments = op_arguments(backend.device)[name]
