@@ -18,6 +18,9 @@ _LAZY = {
     "ssd512_vgg16": "ssdcore.models",
     "load_model": "ssdcore.weights",
     "save_weights": "ssdcore.weights",
+    "accelerate": "ssdcore.torchvision_patch",
+    "restore": "ssdcore.torchvision_patch",
+    "torchvision_ops": "ssdcore.torchvision_functions",
 }
 
 __all__ = ["__version__", *_LAZY]

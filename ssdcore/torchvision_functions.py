@@ -16,12 +16,11 @@ from torch.autograd import forward_ad
 from torchvision.ops import boxes as torchvision_boxes
 
 from ssdcore import kernels
-from ssdcore.kernels.checks import FLOATS, INTEGERS
 
-# `checks` lists the dtypes of a CPU; kernels take no float64.
-_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": FLOATS}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FLOATS: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 if importlib.util.find_spec("triton") is not None:
-    _DTYPES["cuda"] = tuple(dtype for dtype in FLOATS if dtype != torch.float64)
+    _FLOATS["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class torchvision_ops:  # named and used as `torch.set_grad_enabled` is
@@ -96,7 +95,7 @@ def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: flo
         _nms_takes(boxes, scores, iou_threshold)
         and type(idxs) is Tensor
         and (idxs.shape, idxs.device) == (scores.shape, boxes.device)
-        and idxs.dtype in INTEGERS
+        and idxs.dtype in _INTEGERS
     ):
         return kernels.batched_nms(boxes, scores, idxs, iou_threshold)
     return _TORCHVISION["batched_nms"](boxes, scores, idxs, iou_threshold)
@@ -121,7 +120,7 @@ def _nms_takes(boxes: Tensor, scores: Tensor, iou_threshold: float) -> bool:
         and _are_boxes(boxes)
         and type(scores) is Tensor
         and (scores.shape, scores.device) == (boxes.shape[:1], boxes.device)
-        and scores.dtype in _DTYPES[boxes.device.type]
+        and scores.dtype in _FLOATS[boxes.device.type]
         and 0 <= iou_threshold < math.inf
     )
 
@@ -132,7 +131,7 @@ def _are_boxes(boxes: Tensor) -> bool:
         type(boxes) is Tensor
         and boxes.dim() == 2
         and boxes.shape[1] == 4
-        and boxes.dtype in _DTYPES.get(boxes.device.type, ())
+        and boxes.dtype in _FLOATS.get(boxes.device.type, ())
     )
 
 

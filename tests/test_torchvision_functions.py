@@ -382,14 +382,12 @@ def test_compiled_functions_follow_the_switch() -> None:
     assert compiled_ops == ["torchvision.nms", "ssdcore.nms.default"]  # each compiled once, and taken where it belongs
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_detectors_can_be_compiled(training: bool) -> None:
-    model = detector("RetinaNet").train(training)
-    arguments = (IMAGES, targets()) if training else (IMAGES,)
-    expected = model(*arguments)
+def test_detectors_can_be_compiled() -> None:
+    model = detector("RetinaNet").eval()
+    expected = model(IMAGES)
     torch._dynamo.reset()
     with torchvision_ops():
-        torch.testing.assert_close(torch.compile(model, backend="eager")(*arguments), expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(IMAGES), expected, rtol=0, atol=0)
 
 
 # --- where the results differ -----------------------------------------------------------------------------
