@@ -35,7 +35,7 @@ from ssdperf import (
     timing,
 )
 from ssdperf.busy import one_core_busy
-from ssdperf.cases import detector
+from ssdperf.cases import detector, drop_in
 from ssdperf.differences import same_detections, same_kept, same_matches, within
 from ssdperf.progress import FAILED, PASSED, Progress
 from ssdperf.registry import REGISTRY, Case, Workload, grid, on_cpu, star
@@ -348,7 +348,10 @@ def test_inputs_that_cannot_be_built_are_reported() -> None:
 SMALL = {"B": 2, "A": 500, "N": 300, "M": 400, "C": 6, "K": 5}
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in ("training step", "inference")])
+WHOLE_MODELS = ("training step", "inference", "drop-in training", "drop-in inference")
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in WHOLE_MODELS])
 def test_all_providers_of_a_case_agree(name: str) -> None:
     shapes = REGISTRY[name].quick
     for shape in shapes:
@@ -376,6 +379,17 @@ def test_both_detectors_give_the_same_results(name: str) -> None:
     workload = REGISTRY[name].build("cpu", torch.float32, model="ssd300_vgg16", B=1, layout="NCHW")
     right, excluded, _ = measurement.checked(workload)
     assert excluded == {} and list(right) == ["ssdcore", "torchvision"]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("drop-in training", "ssdlite320"), *(("drop-in inference", model) for model in drop_in.DETECTORS)],
+)
+def test_torchvision_models_give_the_same_results_with_our_ops(name: str, model: str) -> None:
+    torch.manual_seed(0)
+    right, excluded, result = measurement.checked(REGISTRY[name].build("cpu", torch.float32, model=model, B=2))
+    assert excluded == {} and list(right) == ["ssdcore", "torchvision"]
+    assert name == "drop-in training" or len(result[0]["scores"]) >= 100  # as many as the model returns
 
 
 def test_batches_are_the_same_each_time_they_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:

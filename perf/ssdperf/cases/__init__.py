@@ -1,6 +1,6 @@
 """The cases that the benchmark times. Importing this package registers them all."""
 
-from ssdperf.cases import boxes, nms, postprocess, training  # noqa: F401 - importing a module registers its cases
+from ssdperf.cases import boxes, drop_in, nms, postprocess, training  # noqa: F401 - importing a module registers its cases
 
 LEFT_OUT: dict[str, str] = {}  # names of the cases that this machine cannot run, and why
 try:
