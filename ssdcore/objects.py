@@ -2,10 +2,12 @@
 
 Every tensor has one entry per object. Label 0 is the background and does not occur. The dicts have the names that
 torchvision's detectors and torchmetrics use, so that they can be exchanged with both.
+
+`GroundTruth` holds the annotated objects of a whole batch.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,14 @@ Target = dict[str, Any]
 #   labels: int64 [K] in 1..num_classes - 1
 #   scores: fp32 [K]
 DetectedObjects = dict[str, Tensor]
+
+
+class GroundTruth(NamedTuple):
+    """The targets of a batch as three tensors, on the model's device. `SSD.ground_truth` makes it."""
+
+    boxes: Tensor  # fp32 [T, 4] xyxy in pixels of the resized image, one image after the other
+    labels: Tensor  # int64 [T]
+    offsets: Tensor  # int64 [B + 1]; image b owns the rows offsets[b]:offsets[b + 1]
 
 
 def ragged(targets: Sequence[Target], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

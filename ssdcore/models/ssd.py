@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssdcore.anchors import SSD300_COCO, AnchorConfig, make_anchors
 from ssdcore.kernels import Detections, match_anchors, multibox_loss, postprocess_detections
 from ssdcore.models.backbone import Backbone, xavier_init
-from ssdcore.objects import DetectedObjects, Target
+from ssdcore.objects import DetectedObjects, GroundTruth, Target, ragged
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)  # of RGB in 0..1
@@ -71,6 +71,11 @@ class SSD(nn.Module):
 
     Under bf16 autocast the convolutions run in bf16 and the ops in fp32.
 
+    `torch.compile(model, fullgraph=True)` compiles both modes, without checks of the targets' values. Compiled code
+    fits one number of dicts, in `targets` or in the result, and one size where a size is 0 or 1. So each new number of
+    images costs a compilation, and in training each new set of images with no object or one. `torch.compile` gives up
+    after eight. `ground_truth` joins the targets to three tensors, `infer` returns tensors, and neither problem occurs.
+
     Args:
         backbone: computes from [B, 3, S, S] the feature maps that `anchors` describes.
         num_classes: number of classes including the background.
@@ -123,7 +128,7 @@ class SSD(nn.Module):
         self.min_negatives = 0
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | None = None
+        self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | GroundTruth | None = None
     ) -> dict[str, Tensor] | list[DetectedObjects]:
         """Return the losses in training mode and the detected objects in eval mode, as the class docstring describes.
 
@@ -132,15 +137,48 @@ class SSD(nn.Module):
                 out of range or a box without area. The message names the index of the image.
         """
         _check_images(images)
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
-        sizes = sizes[:, [1, 0, 1, 0]]  # [B, 4] w, h, w, h; on the CPU, because shapes are known there
+        sizes = _sizes(images)  # [B, 4] w, h, w, h
         batch = self.resize(images)  # [B, 3, S, S]
         if self.training:
             if targets is None:
                 raise ValueError("targets must be given in training mode, got None")
-            _check_targets(targets, len(batch), self.num_classes)
+            _check_targets(targets, batch.shape[0], self.num_classes)
+            if isinstance(targets, GroundTruth):
+                return self._loss(*self.predict(batch), targets)
             return self.loss(*self.predict(batch), targets, sizes)
         return self.detections(*self.predict(batch), sizes)
+
+    def ground_truth(self, images: Tensor | Sequence[Tensor], targets: Sequence[Target]) -> GroundTruth:
+        """Check the targets of a batch and join them to three tensors, which `model(images, ...)` takes in their place.
+
+        With these and one batch of images, two compilations of `model` serve all numbers of images and objects and all
+        image sizes, except that a batch of one image and a size equal to the model's own cost one each.
+
+        Args:
+            images: those of the training step, of which only the shapes matter here.
+            targets: one per image, in pixels of the image.
+
+        Raises:
+            ValueError: as in `model(images, targets)`.
+        """
+        _check_images(images)
+        _check_targets(targets, len(images), self.num_classes)
+        return self._ground_truth(targets, _sizes(images))
+
+    def infer(self, images: Tensor | Sequence[Tensor]) -> Detections:
+        """Return the detections in pixels of each image, with fixed shapes.
+
+        In eval mode, these are the objects that `model(images)` returns as dicts. Nothing here waits for the GPU. Two
+        compilations of `infer` serve all batches of images, with the exceptions that `ground_truth` names.
+
+        Args:
+            images: a list of float tensors [3, H, W], or one batch [B, 3, H, W], RGB in 0..1.
+
+        Raises:
+            ValueError: the shape, dtype or number of images is wrong.
+        """
+        _check_images(images)
+        return self._in_pixels(self.postprocess(*self.predict(self.resize(images))), _sizes(images))
 
     def resize(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Normalise the images and then resize them to [B, 3, S, S], where S is the anchors' image size."""
@@ -167,22 +205,25 @@ class SSD(nn.Module):
         Returns:
             The fp32 scalars `classification` and `bbox_regression`.
         """
-        device = self.anchors.device
-        counts = torch.tensor([len(target["labels"]) for target in targets])  # [B]
-        gt_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device, non_blocking=True)  # [B + 1]
-        scales = (self.anchor_config.image_size / sizes).repeat_interleave(counts, dim=0)  # [T, 4]
-        # Converted to fp32, because boxes that come from NumPy are often fp64.
-        gt_boxes = torch.cat([target["boxes"] for target in targets]).to(device, torch.float32, non_blocking=True)
-        gt_boxes = gt_boxes * scales.to(device, non_blocking=True)  # [T, 4] xyxy, in the anchors' frame
-        gt_labels = torch.cat([target["labels"] for target in targets]).to(device, non_blocking=True)  # [T]
-        matched_idxs = match_anchors(gt_boxes, gt_offsets, self.anchors)  # [B, A]
+        return self._loss(cls_logits, box_deltas, self._ground_truth(targets, sizes))
+
+    def _ground_truth(self, targets: Sequence[Target], sizes: Tensor) -> GroundTruth:
+        boxes, labels, offsets = ragged(targets, self.anchors.device)
+        scales = self.anchor_config.image_size / sizes  # [B, 4]
+        counts = torch.tensor([len(target["labels"]) for target in targets])  # [B], on the CPU, as `sizes`
+        scales = scales.repeat_interleave(counts, dim=0, output_size=boxes.shape[0])  # [T, 4]
+        boxes = boxes * scales.to(boxes.device, non_blocking=True)  # in the anchors' frame
+        return GroundTruth(boxes, labels, offsets)
+
+    def _loss(self, cls_logits: list[Tensor], box_deltas: list[Tensor], truths: GroundTruth) -> dict[str, Tensor]:
+        matched_idxs = match_anchors(truths.boxes, truths.offsets, self.anchors)  # [B, A]
         return multibox_loss(
             cls_logits,
             box_deltas,
             matched_idxs,
-            gt_boxes,
-            gt_labels,
-            gt_offsets,
+            truths.boxes,
+            truths.labels,
+            truths.offsets,
             self.anchors,
             min_negatives=self.min_negatives,
         )._asdict()
@@ -197,7 +238,7 @@ class SSD(nn.Module):
             cls_logits,
             box_deltas,
             self.anchors,
-            self.anchors.new_full((len(cls_logits[0]), 2), self.anchor_config.image_size),
+            self.anchors.new_full((cls_logits[0].shape[0], 2), self.anchor_config.image_size),
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             topk_candidates=self.topk_candidates,
@@ -211,14 +252,29 @@ class SSD(nn.Module):
             cls_logits, box_deltas: from `predict`.
             sizes: [B, 4] w, h, w, h of the original images in pixels, on the CPU.
         """
-        # [B, D, 4] xyxy, [B, D], [B, D], [B]
-        boxes, scores, labels, counts, _ = self.postprocess(cls_logits, box_deltas)
-        scales = (sizes / self.anchor_config.image_size).to(boxes.device, non_blocking=True)  # [B, 4]
-        boxes = boxes * scales[:, None]
+        found = self._in_pixels(self.postprocess(cls_logits, box_deltas), sizes)
+        # `narrow`, because PyTorch 2.11's compiler fails at a slice whose length it does not know.
         return [
-            {"boxes": boxes[b, :count], "labels": labels[b, :count], "scores": scores[b, :count]}
-            for b, count in enumerate(counts.tolist())  # the only wait for the GPU
+            {
+                "boxes": found.boxes[b].narrow(0, 0, count),
+                "labels": found.labels[b].narrow(0, 0, count),
+                "scores": found.scores[b].narrow(0, 0, count),
+            }
+            for b, count in enumerate(found.num_detections.tolist())  # the only wait for the GPU
         ]
+
+    def _in_pixels(self, found: Detections, sizes: Tensor) -> Detections:
+        """`found`, with its boxes in pixels of the original images, whose `sizes` are [B, 4] w, h, w, h."""
+        scales = (sizes / self.anchor_config.image_size).to(found.boxes.device, non_blocking=True)  # [B, 4]
+        return Detections(found.boxes * scales[:, None], *found[1:])
+
+
+def _sizes(images: Tensor | Sequence[Tensor]) -> Tensor:
+    """The sizes of the images in pixels, [B, 4] w, h, w, h; on the CPU, because shapes are known there."""
+    if isinstance(images, Tensor):
+        batch, _, height, width = images.shape
+        return torch.tensor([width, height, width, height], dtype=torch.float32).expand(batch, 4)
+    return torch.stack([_sizes(image[None])[0] for image in images])
 
 
 def _check_images(images: Tensor | Sequence[Tensor]) -> None:
@@ -226,14 +282,20 @@ def _check_images(images: Tensor | Sequence[Tensor]) -> None:
         raise ValueError(f"images must be a list of [3, H, W] or a batch [B, 3, H, W], got {list(images.shape)}")
     if len(images) == 0:
         raise ValueError("images must contain at least one image, got 0")
-    for i, image in enumerate(images):
+    # The images of a batch have one shape. A loop over them would compile the model anew for each batch size.
+    for i, image in enumerate(images[:1] if isinstance(images, Tensor) else images):
         if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"images[{i}] must have shape [3, H, W], got {list(image.shape)}")
         if not image.is_floating_point():
             raise ValueError(f"images[{i}] must be float in 0..1, got {image.dtype}")
 
 
-def _check_targets(targets: Sequence[Target], num_images: int, num_classes: int) -> None:
+def _check_targets(targets: Sequence[Target] | GroundTruth, num_images: int, num_classes: int) -> None:
+    if isinstance(targets, GroundTruth):
+        num_targets = targets.offsets.shape[0] - 1
+        if num_targets != num_images:
+            raise ValueError(f"targets must be those of {num_images} images, got those of {num_targets}")
+        return
     if len(targets) != num_images:
         raise ValueError(f"targets must have {num_images} entries, one per image, got {len(targets)}")
     for i, target in enumerate(targets):
@@ -245,6 +307,8 @@ def _check_targets(targets: Sequence[Target], num_images: int, num_classes: int)
                 f'targets[{i}]["labels"] must be int64 [{len(boxes)}], one per box, '
                 f"got {labels.dtype} {list(labels.shape)}"
             )
+        if torch.compiler.is_compiling():
+            continue  # a value that decides about an error cannot be compiled
         if boxes.device.type == "cpu":
             sizes = boxes[:, 2:] - boxes[:, :2]
             invalid = ~((sizes > 0) & sizes.isfinite()).all(dim=1)
