@@ -280,7 +280,8 @@ def _sizes(images: Tensor | Sequence[Tensor]) -> Tensor:
 def _check_images(images: Tensor | Sequence[Tensor]) -> None:
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be a list of [3, H, W] or a batch [B, 3, H, W], got {list(images.shape)}")
-    if len(images) == 0:
+    # `shape`, because `len` would make the batch size a constant of an exported program.
+    if (images.shape[0] if isinstance(images, Tensor) else len(images)) == 0:
         raise ValueError("images must contain at least one image, got 0")
     # The images of a batch have one shape. A loop over them would compile the model anew for each batch size.
     for i, image in enumerate(images[:1] if isinstance(images, Tensor) else images):
