@@ -7,6 +7,8 @@ torchvision's `ssd300_vgg16` gives them, so that its weights, its training scrip
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,9 @@ class SSD(nn.Module):
     Attributes:
         score_threshold, iou_threshold, topk_candidates, max_detections: arguments of `postprocess_detections`. They
             may be changed at any time.
+        classes: the `num_classes - 1` names that `save_pretrained` and `push_to_hub` write; label i + 1 is the name at
+            index i. They are those of the file that the model was loaded from, otherwise "1", "2", ..., and may be set.
+        category_ids: the dataset's id of each class, which is written too; by default the labels.
         min_negatives: argument of `multibox_loss`. The default is 0 as in the paper, so that an image without objects
             does not contribute to the loss.
 
@@ -126,6 +131,8 @@ class SSD(nn.Module):
         self.topk_candidates = 400
         self.max_detections = 200
         self.min_negatives = 0
+        self.category_ids = tuple(range(1, num_classes))
+        self.classes = tuple(map(str, self.category_ids))
 
     def forward(
         self, images: Tensor | Sequence[Tensor], targets: Sequence[Target] | GroundTruth | None = None
@@ -179,6 +186,63 @@ class SSD(nn.Module):
         """
         _check_images(images)
         return self._in_pixels(self.postprocess(*self.predict(self.resize(images))), _sizes(images))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "SSD":
+        """Load a model that `save_pretrained` or `push_to_hub` wrote. Needs `pip install 'ssdcore[hub]'`.
+
+        Args:
+            source: a folder, or the name of a repository on the Hugging Face Hub, such as "user/model".
+            options: `device`, where the model is placed, by default the CPU; and the options of huggingface_hub's
+                `from_pretrained`: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`.
+
+        Returns:
+            The model in eval mode, with its `classes` and `category_ids`.
+
+        Raises:
+            ImportError: huggingface_hub is missing.
+            ValueError: as in `ssdcore.weights.load_model`.
+        """
+        from ssdcore.hub import HubModel
+
+        detector: SSD = HubModel.from_pretrained(source, **options).detector
+        return detector
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the model to a folder, as a repository of the Hugging Face Hub holds it.
+
+        `model.safetensors` is the file that `ssdcore.weights.save_weights` writes, and holds all that `load_model`
+        needs. `config.json` says the same to people. Needs `pip install 'ssdcore[hub]'`.
+
+        Args:
+            folder: it is made if it does not exist.
+            options: those of huggingface_hub's `save_pretrained`.
+
+        Raises:
+            ImportError: huggingface_hub is missing.
+            ValueError: `classes` or `category_ids` has the wrong number of entries.
+        """
+        from ssdcore.hub import HubModel
+
+        hub_model = HubModel(self)
+        hub_model.save_pretrained(folder, **{"config": hub_model.config(), **options})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub, and return the address of the commit.
+
+        Args:
+            repo_id: the repository, such as "user/model". It is made if it does not exist.
+            options: those of huggingface_hub's `push_to_hub`: `private`, `token`, `commit_message` and others.
+
+        Raises:
+            ImportError: huggingface_hub is missing.
+            ValueError: `classes` or `category_ids` has the wrong number of entries.
+        """
+        from ssdcore.hub import HubModel
+
+        hub_model = HubModel(self)
+        address: str = hub_model.push_to_hub(repo_id, **{"config": hub_model.config(), **options})
+        return address
 
     def resize(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Normalise the images and then resize them to [B, 3, S, S], where S is the anchors' image size."""

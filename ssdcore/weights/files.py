@@ -84,7 +84,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SS
     header, tensors = _read(path)
     model = _build(header, len(header["classes"]) + 1)
     _load_tensors(model, tensors, path)
-    return model.eval().to(device), tuple(header["classes"])
+    model.classes, model.category_ids = tuple(header["classes"]), tuple(header["category_ids"])
+    return model.eval().to(device), model.classes
 
 
 def category_ids(path: str | Path) -> tuple[int, ...]:
