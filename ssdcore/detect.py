@@ -45,6 +45,8 @@ def detect_dataset(
 ) -> dict[int, DetectedObjects]:
     """Detect objects in every image of a dataset.
 
+    In an image that cannot be read, nothing is detected, unless the dataset is `strict`. Then it is an error.
+
     Args:
         model: on any device; it is switched to eval mode and left there.
         dataset: its transform is replaced by `eval_transform` during the call and restored afterwards, also
@@ -58,12 +60,12 @@ def detect_dataset(
     model.eval()
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
     detected_by_image_id: dict[int, DetectedObjects] = {}
-    first = 0  # index of the batch's first image in the dataset
+    # Not the position in the loader: if the dataset is not strict, an item may be another image.
+    size_of = {image_id: dataset.image_size(i) for i, image_id in enumerate(dataset.image_ids.tolist())}
     transform, dataset.transform = dataset.transform, eval_transform(model.anchor_config.image_size)
     try:
         for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
-            sizes = torch.tensor([dataset.image_size(first + i) for i in range(len(targets))])
-            first += len(targets)
+            sizes = torch.tensor([size_of[target["image_id"]] for target in targets])
             for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):
                 detected_by_image_id[target["image_id"]] = detected
     finally:
