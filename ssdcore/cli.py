@@ -1,4 +1,4 @@
-"""The command line: `ssdcore demo | train | evaluate | detect | export | models | convert`.
+"""The command line: `ssdcore demo | train | evaluate | detect | export | models | convert | data check`.
 
 Each command is also a Python function.
 
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-EXTRA = ("matplotlib", "PIL", "pycocotools", "safetensors", "tensorboard", "torchvision", "tqdm", "typer")
+EXTRA = ("matplotlib", "PIL", "pycocotools", "safetensors", "tensorboard", "torchvision", "tqdm", "typer", "yaml")
 if missing := [name for name in EXTRA if find_spec(name) is None]:
     raise SystemExit(f"ssdcore's commands need {', '.join(missing)}: pip install 'ssdcore[train]'")
 
@@ -31,6 +31,9 @@ DEMO_TRAIN, DEMO_VAL = 600, 150  # images; enough for an AP50 of 0.95, and few e
 DEMO_EPOCHS = 20
 DEMO_PICTURES = 12
 MAX_PROBLEMS = 3  # problems of a dataset that are printed
+# With --keep-empty, negatives that are mined at least in each image. An image with a positive has 3 in any case,
+# because three negatives are mined for each positive. So this changes the loss of images without objects alone.
+MIN_NEGATIVES = 3
 
 app = typer.Typer(
     name="ssdcore",
@@ -40,13 +43,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
 
 def _option(help_text: str, **constraints: Any) -> Any:
     """An option without a default value to show, because its help text describes the default."""
     return typer.Option(help=help_text, show_default=False, **constraints)
 
 
-Data = Annotated[Path, typer.Option(help="Dataset folder in the layout of Pascal VOC or COCO.")]
+Data = Annotated[Path, typer.Option(help="Dataset folder: COCO, YOLO, Pascal VOC, or images with XML files.")]
 Weights = Annotated[Path, typer.Option(help="Path of a trained model's model.safetensors.")]
 InitialWeights = Annotated[
     str | None,
@@ -117,7 +123,8 @@ def demo(
     print(
         f"\nAP50 is {_score(metrics['AP50'])} on {DEMO_VAL} images that the model was not trained on."
         f"\nOpen {sheet} to see the detected objects in the first {DEMO_PICTURES} of these images."
-        "\n\nTo use your own images, annotated in the layout of Pascal VOC or COCO:"
+        "\n\nTo use your own images, annotated in the layout of Pascal VOC, COCO or YOLO:"
+        "\n  ssdcore data check DATASET_FOLDER"
         "\n  ssdcore train --data DATASET_FOLDER --output RUN_FOLDER"
         "\n  ssdcore evaluate --weights RUN_FOLDER/model.safetensors --data DATASET_FOLDER --split test"
         "\n  ssdcore detect --weights RUN_FOLDER/model.safetensors IMAGE ..."
@@ -142,6 +149,26 @@ def train(
     weights_backbone: BackboneWeights = None,
     train_split: Annotated[str | None, _option("Default: trainval if the dataset has it, otherwise train.")] = None,
     val_split: ValSplit = None,
+    split: Annotated[
+        float | None,
+        _option(
+            "Fraction of the images to train on, such as 0.8, if the dataset has no splits. The others become the "
+            "split val. The division is written to ssdcore-split.json in the dataset's folder, or in the run's if the "
+            "first is not writable, and stays the same."
+        ),
+    ] = None,
+    keep_empty: Annotated[
+        bool,
+        typer.Option(
+            "--keep-empty", help="Train on images without objects too. Without this option, they are left out."
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Stop at an image that cannot be read. Without this option, another one takes its place."
+        ),
+    ] = False,
     seed: Annotated[
         int, typer.Option(help="Seed of the initial weights, the order of the images and the augmentation.", min=0)
     ] = 0,
@@ -153,11 +180,20 @@ def train(
 
     To continue an interrupted run, repeat the command with --resume. The result is the same as without interruption.
     """
+    from ssdcore.data import make_split
     from ssdcore.train import fit
 
-    train_set, val_set = _open_train_and_val(data, train_split, val_split)
     output = output or Path("runs") / f"{data.resolve().name}-{model}"
+    if split is not None:
+        print(f"{data} is divided as {make_split(data, split, fallback=output)} says")
+    train_set, val_set = _open_train_and_val(data, train_split, val_split, output)
+    train_set = _with_objects(train_set, keep_empty)
+    train_set.strict = strict
+    if val_set is not None:
+        val_set.strict = strict
     net = _model_to_train(model, weights, weights_backbone, train_set.classes, seed, output if resume else None)
+    if keep_empty:
+        net.min_negatives = MIN_NEGATIVES
     torch_device = _device(device)
     saved_epoch = f"the epoch with the best AP50 on {val_set.split}" if val_set else "the last epoch"
     print(f"training {model} on {torch_device.type} with {len(train_set)} images of {train_set.split}")
@@ -199,17 +235,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a detector with the metrics of COCO and Pascal VOC."""
     from ssdcore.data import open_dataset
+    from ssdcore.data.opening import existing_split_file
     from ssdcore.detect import detect_dataset
     from ssdcore.evaluate import evaluate_detections
     from ssdcore.weights import load_model
 
     model, classes = load_model(weights, _device(device))
-    dataset = _open(data, split)
+    split_file = existing_split_file(data, run=weights.parent)
+    dataset = _open(data, split, split_file=split_file)
     if dataset.classes != classes:
         dataset_classes = ", ".join(dataset.classes)
         try:
             # This works if the model knows all classes that occur in the split, in any order.
-            dataset = open_dataset(data, split, classes)
+            dataset = open_dataset(data, split, classes, split_file=split_file)
         except ValueError as error:
             raise ValueError(
                 f"the classes of {weights} must include those of {data}, {dataset_classes}; got {', '.join(classes)}"
@@ -358,17 +396,55 @@ def convert(
     return output
 
 
-def _open_train_and_val(
-    data: Path, train_split: str | None, val_split: str | None
-) -> "tuple[DetectionDataset, DetectionDataset | None]":
-    """Open the splits to train and to validate on. They must not share an image."""
-    from ssdcore.data import available_splits
+@data_app.command("check")
+def check_data(
+    data: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    model: Annotated[str, typer.Option(help="Model whose anchors are compared with the objects.")] = "ssd300_tiny",
+    output: Annotated[
+        Path | None, _option("Folder for the picture ground-truth.png. Default: runs/DATASET-check.")
+    ] = None,
+) -> list[str]:
+    """List everything that is wrong with a dataset, count what it holds, and draw some images with their ground truth.
 
-    train_split, val_split = _choose_splits(available_splits(data), train_split, val_split)
-    train_set = _open(data, train_split)
+    The exit code is 0 if nothing is wrong, and 1 otherwise.
+    """
+    import torch
+
+    from ssdcore.data.check import check_dataset, describe, draw_sheet
+    from ssdcore.models import MODELS
+
+    _require_model(model)
+    with torch.device("meta"):
+        config = MODELS[model](2).anchor_config
+    report = check_dataset(data)
+    print(describe(report, model, config))
+    sheet = draw_sheet(report.datasets)
+    if sheet is not None:
+        path = (output or Path("runs") / f"{data.resolve().name}-check") / "ground-truth.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        print(f"\nwrote {path}, a picture of some images with their ground truth")
+    if report.problems:
+        raise typer.Exit(1)
+    return report.notes
+
+
+def _open_train_and_val(
+    data: Path, train_split: str | None, val_split: str | None, run: Path
+) -> "tuple[DetectionDataset, DetectionDataset | None]":
+    """Open the splits to train and to validate on. They must not share an image.
+
+    A split file in the folder of the run is used before one in the dataset's folder.
+    """
+    from ssdcore.data import available_splits
+    from ssdcore.data.opening import existing_split_file
+
+    split_file = existing_split_file(data, run)
+    train_split, val_split = _choose_splits(available_splits(data, split_file=split_file), train_split, val_split)
+    train_set = _open(data, train_split, split_file=split_file)
     if val_split is None:
         return train_set, None
-    val_set = _open(data, val_split, train_set.classes)
+    val_set = _open(data, val_split, train_set.classes, split_file=split_file)
     if shared := _image_paths(train_set) & _image_paths(val_set):
         raise ValueError(
             f"val-split must share no image with train-split, but {len(shared)} images of {val_split} "
@@ -380,6 +456,10 @@ def _open_train_and_val(
 def _choose_splits(splits: list[str], train_split: str | None, val_split: str | None) -> tuple[str, str | None]:
     """The splits to train and to validate on, with the defaults where None is given. "none" means no validation."""
     train_split = train_split or ("trainval" if "trainval" in splits else "train")
+    if len(splits) == 1 and train_split not in splits:
+        raise ValueError(
+            f"train-split must be given, because the only split is {splits[0]}; or divide the images with --split 0.8"
+        )
     if val_split is None and train_split != "trainval":
         val_split = next((name for name in ("val", "valid", "validation") if name in splits), None)
     if val_split == "none":
@@ -400,17 +480,35 @@ def _score(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.3f}"
 
 
-def _open(data: Path, split: str, classes: "Sequence[str] | None" = None) -> "DetectionDataset":
+def _with_objects(dataset: "DetectionDataset", keep_empty: bool) -> "DetectionDataset":
+    """The images to train on. Prints how many are left out."""
+    indices = dataset.indices_to_train_on(keep_empty)
+    if len(indices) < len(dataset):
+        hint = "" if keep_empty else "; --keep-empty trains on those in which nothing is annotated"
+        print(f"{len(dataset) - len(indices)} images of {dataset.split} have no object to train on: left out{hint}")
+    return dataset.subset(indices)
+
+
+def _open(
+    data: Path, split: str, classes: "Sequence[str] | None" = None, *, split_file: Path | None = None
+) -> "DetectionDataset":
     """Open a split, and print the first problems in its annotations."""
     from ssdcore.data import open_dataset
 
-    dataset = open_dataset(data, split, classes)
+    dataset = open_dataset(data, split, classes, split_file=split_file)
     if dataset.problems:
         print(f"{len(dataset.problems)} problems in {split} of {data}:")
         print("\n".join(f"  {problem}" for problem in dataset.problems[:MAX_PROBLEMS]))
         if len(dataset.problems) > MAX_PROBLEMS:
-            print(f"  and {len(dataset.problems) - MAX_PROBLEMS} more")
+            print(f"  and {len(dataset.problems) - MAX_PROBLEMS} more: `ssdcore data check {data}` lists all")
     return dataset
+
+
+def _require_model(name: str) -> None:
+    from ssdcore.models import MODELS
+
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
 
 
 def _model_to_train(
@@ -430,8 +528,7 @@ def _model_to_train(
     if resumed_run is not None and (resumed_run / "model.safetensors").exists():
         # `weights` is not read again: the file may be gone, and the run's own file describes the same model.
         return load_model(resumed_run / "model.safetensors")[0]
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    _require_model(name)
     torch.manual_seed(seed)
     num_classes = len(classes) + 1
     if weights is not None and weights_backbone is not None:

@@ -142,8 +142,9 @@ def fit(
 
     Returns:
         A dict that can be written as JSON: `settings`; `epochs`, with the mean losses, the last learning rate, the
-        seconds and, with `val_set`, the metrics of every epoch; and `best`, the number of the epoch whose weights are
-        in `model.safetensors`, counted from 1.
+        seconds and, with `val_set`, the metrics of every epoch; `best`, the number of the epoch whose weights are
+        in `model.safetensors`, counted from 1; and `unreadable`, the image files that could not be read and were
+        replaced by others, because the datasets are not `strict`.
 
     Raises:
         ValueError: a setting is out of range; there are no images; `output` contains a run but `resume` is not set;
@@ -173,12 +174,12 @@ def fit(
             if _best_epoch(history) == epoch and (save_due or val_set is not None):
                 save_weights(model, output / "model.safetensors", train_set.classes, train_set.category_ids)
             if save_due:
-                _write_record(output, _record(settings, history))
+                _write_record(output, _record(settings, history, _unreadable(train_set, val_set)))
                 # The state is written last. A run that is interrupted before this line resumes from an earlier epoch,
                 # and writes the same other files again.
                 _write_state(output / "last.pt", model, optimizer, settings, history)
                 last_save_s = time.monotonic()
-    return _record(settings, history)
+    return _record(settings, history, _unreadable(train_set, val_set))
 
 
 def _settings(
@@ -389,8 +390,13 @@ def _batches(
     )
 
 
-def _record(settings: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"settings": settings, "epochs": history, "best": _best_epoch(history)}
+def _record(settings: dict[str, Any], history: list[dict[str, Any]], unreadable: list[str]) -> dict[str, Any]:
+    return {"settings": settings, "epochs": history, "best": _best_epoch(history), "unreadable": unreadable}
+
+
+def _unreadable(train_set: DetectionDataset, val_set: DetectionDataset | None) -> list[str]:
+    """The image files that could not be read since the run was started or resumed."""
+    return [*train_set.unreadable, *(val_set.unreadable if val_set is not None else [])]
 
 
 def _best_epoch(history: list[dict[str, Any]]) -> int:

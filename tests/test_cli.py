@@ -260,3 +260,71 @@ def test_initial_weights_that_exclude_each_other_raise_an_error(shapes: Path, tm
         cli.train(shapes, output=tmp_path, weights="a.safetensors", weights_backbone="DEFAULT", device="cpu")
     with pytest.raises(ValueError, match="weights-backbone must not be given for ssd300_tiny"):
         cli.train(shapes, output=tmp_path, weights_backbone="DEFAULT", device="cpu")
+
+
+def test_train_divides_a_dataset_without_splits_and_evaluate_sees_the_held_out_images(tmp_path: Path) -> None:
+    data = make_synthetic(tmp_path / "shapes", train=8, val=0, progress=False)
+    (data / "annotations/instances_val.json").unlink()
+    run = tmp_path / "run"
+    options = ["--epochs", 1, "--batch-size", 4, "--keep-empty", "--device", "cpu", "--workers", 0]
+    result = invoke("train", "--data", data, "--output", run, "--split", 0.75, *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((run / "metrics.json").read_text())
+    assert (record["settings"]["images"], record["settings"]["val_images"]) == (6, 2)
+    assert "is divided as" in result.output and str(data / "ssdcore-split.json") in result.output.replace("\n", "")
+
+    result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", data, "--split", "val", *options[-4:])
+    assert result.exit_code == 0, result.output
+    assert json.loads((run / "val/metrics.json").read_text())["images"] == 2
+
+    # A file in the folder of the run is used as well, as it is written if the dataset's folder is read-only.
+    (data / "ssdcore-split.json").rename(run / "ssdcore-split.json")
+    result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", data, "--split", "val", *options[-4:])
+    assert result.exit_code == 0, result.output
+    train_set, val_set = cli._open_train_and_val(data, None, None, run)
+    assert val_set is not None and (len(train_set), len(val_set)) == (6, 2)
+
+
+def test_a_single_split_of_another_name_must_be_given_or_divided() -> None:
+    with pytest.raises(ValueError, match=r"train-split must be given, because the only split is all; .*--split 0\.8"):
+        cli._choose_splits(["all"], None, None)
+    assert cli._choose_splits(["all"], "all", None) == ("all", None)
+
+
+class Fitted(Exception):
+    """Carries what `fit` was called with."""
+
+
+def arguments_of_fit(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Any, Any, Any]:
+    def fit(model: Any, train_set: Any, output: Path, *, val_set: Any, **_: Any) -> None:
+        raise Fitted(model, train_set, val_set)
+
+    monkeypatch.setattr("ssdcore.train.fit", fit)
+    with pytest.raises(Fitted) as called:
+        cli.train(device="cpu", workers=0, **settings)
+    return called.value.args
+
+
+def test_images_without_objects_are_left_out_unless_they_are_kept_and_mined(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_synthetic(tmp_path / "shapes", train=6, val=2, progress=False)
+    path = data / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [a | {"image_id": 1 + number % 4} for number, a in enumerate(content["annotations"])]
+    path.write_text(json.dumps(content))
+
+    model, train_set, val_set = arguments_of_fit(monkeypatch, data=data, output=tmp_path)
+    assert (len(train_set), len(val_set), model.min_negatives) == (4, 2, 0)
+    assert "2 images of train have no object to train on: left out; --keep-empty" in capsys.readouterr().out
+    model, train_set, _ = arguments_of_fit(monkeypatch, data=data, output=tmp_path, keep_empty=True)
+    assert (len(train_set), model.min_negatives) == (6, 3)
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_unreadable_images_stop_a_run_only_if_strict(
+    monkeypatch: pytest.MonkeyPatch, shapes: Path, tmp_path: Path, strict: bool
+) -> None:
+    _, train_set, val_set = arguments_of_fit(monkeypatch, data=shapes, output=tmp_path, strict=strict)
+    assert (train_set.strict, val_set.strict) == (strict, strict)

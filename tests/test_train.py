@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,22 @@ def test_ignored_objects_are_not_trained_on(shapes: Path, tmp_path: Path) -> Non
     dataset._ignore[:] = True
     record = fit(new_model(), dataset, tmp_path, epochs=1, batch_size=4, quiet=True)
     assert record["epochs"][0]["bbox_regression"] == 0
+
+
+def test_unreadable_images_are_replaced_and_counted(shapes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "shapes"
+    shutil.copytree(shapes, data)
+    for file in ("train/000003.jpg", "val/000001.jpg"):
+        (data / file).write_bytes((data / file).read_bytes()[:-100])
+    train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
+    with pytest.raises(ValueError, match=r"000003\.jpg: cannot be read"):
+        fit(new_model(), train_set, tmp_path / "strict", epochs=1, batch_size=10, quiet=True)
+
+    train_set.strict = val_set.strict = False
+    options: dict[str, Any] = {"val_set": val_set, "epochs": 1, "batch_size": 10, "quiet": True, "workers": 1}
+    record = fit(new_model(), train_set, tmp_path / "run", **options)
+    assert record["unreadable"] == ["train/000003.jpg", "val/000001.jpg"]
+    assert json.loads((tmp_path / "run/metrics.json").read_text()) == record
 
 
 def test_schedules_have_the_documented_values() -> None:
