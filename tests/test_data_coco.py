@@ -70,6 +70,15 @@ def test_a_file_name_that_leaves_the_dataset_raises_an_error_that_names_it(tmp_p
             open_dataset(root, "train")
 
 
+def test_a_file_outside_the_dataset_does_not_decide_where_the_images_are(tmp_path: Path) -> None:
+    write_image(tmp_path / "elsewhere.jpg")
+    size = {"width": WIDTH, "height": HEIGHT}
+    images = [{"id": i, "file_name": name} | size for i, name in enumerate((str(tmp_path / "elsewhere.jpg"), "a.jpg"))]
+    root = write_coco(tmp_path / "root", coco_content(images=images, annotations=[]), "images")
+    with pytest.raises(ValueError, match=r"file_name of image 0 must be (?!.*missing)"):
+        open_dataset(root, "train")
+
+
 def test_links_to_images_elsewhere_are_allowed(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "root", coco_content())
     (root / "train").rename(tmp_path / "elsewhere")
