@@ -91,6 +91,8 @@ class SSD(nn.Module):
         classes: the `num_classes - 1` names that `save_pretrained` and `push_to_hub` write; label i + 1 is the name at
             index i. They are those of the file that the model was loaded from, otherwise "1", "2", ..., and may be set.
         category_ids: the dataset's id of each class, which is written too; by default the labels.
+        clip_before_nms: whether boxes are clipped to the image before NMS, as in torchvision and the paper's code, or
+            after it. It may be changed at any time.
         min_negatives: argument of `multibox_loss`. The default is 0 as in the paper, so that an image without objects
             does not contribute to the loss.
 
@@ -130,6 +132,7 @@ class SSD(nn.Module):
         self.iou_threshold = 0.45
         self.topk_candidates = 400
         self.max_detections = 200
+        self.clip_before_nms = True
         self.min_negatives = 0
         self.category_ids = tuple(range(1, num_classes))
         self.classes = tuple(map(str, self.category_ids))
@@ -298,16 +301,20 @@ class SSD(nn.Module):
         Nothing in `postprocess(*predict(batch))` waits for the GPU, so it can be captured in a CUDA graph and
         `torch.compile` compiles it as one graph.
         """
-        return postprocess_detections(
+        size = self.anchor_config.image_size
+        # The op always clips. To clip later, it gets a frame in which the image is surrounded by eight of its size.
+        border = 0 if self.clip_before_nms else size
+        found = postprocess_detections(
             cls_logits,
             box_deltas,
-            self.anchors,
-            self.anchors.new_full((cls_logits[0].shape[0], 2), self.anchor_config.image_size),
+            self.anchors + border if border else self.anchors,
+            self.anchors.new_full((cls_logits[0].shape[0], 2), size + 2 * border),
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             topk_candidates=self.topk_candidates,
             max_detections=self.max_detections,
         )
+        return found._replace(boxes=(found.boxes - border).clamp(0, size)) if border else found
 
     def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[DetectedObjects]:
         """Return the detected objects of each image in pixels of the original image.

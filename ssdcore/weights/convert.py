@@ -42,10 +42,10 @@ def convert(
     amdegroot/ssd.pytorch; SSD300 and SSD512 of lufficc/SSD and of MMDetection (version 2.14 or later).
 
     The model has the project's default boxes with their clip rule, normalisation of pixels, score and IoU thresholds
-    and numbers of candidates and detections. So it detects what the project's code detects, with these exceptions:
+    and numbers of candidates and detections, and clips boxes before or after NMS as the project's code does. So it
+    detects what that code detects, with these exceptions:
 
-    - Boxes are clipped to the image before NMS. The code of amdegroot, lufficc and NVIDIA does not clip them, so that
-      other IoUs decide where a box extends beyond the image.
+    - Boxes are clipped to the image in the end. The code of amdegroot, lufficc and NVIDIA leaves them as they are.
     - amdegroot, lufficc and MMDetection resize with OpenCV, which rounds pixels to integers, NVIDIA with PIL, which
       also averages where it shrinks. `ssdcore evaluate` and `ssdcore detect` average, `SSD.resize` does not.
     - MMDetection's code takes 1000 candidates from each feature map, among all classes, and drops boxes without area.
@@ -95,6 +95,7 @@ def convert(
     model.iou_threshold = source.iou_threshold
     model.topk_candidates = source.topk_candidates
     model.max_detections = source.max_detections(num_classes)
+    model.clip_before_nms = source.clip_before_nms
     same_classes = len(classes) + 1 == num_classes
     not_loaded = [] if same_classes else [ours for ours in names if ours.startswith(CLASS_HEAD)]
     loaded = {

@@ -18,7 +18,8 @@ from ssdcore.anchors import AnchorConfig
 from ssdcore.models import MODELS, SSD
 
 HEADER_FIELDS = {"model", "classes", "category_ids", "anchors", "image_mean", "image_std"}  # see `description`
-POSTPROCESS_FIELDS = ("score_threshold", "iou_threshold", "topk_candidates", "max_detections")  # attributes of `SSD`
+# Attributes of `SSD`.
+POSTPROCESS_FIELDS = ("score_threshold", "iou_threshold", "topk_candidates", "max_detections", "clip_before_nms")
 ANCHOR_FIELDS = {field.name for field in fields(AnchorConfig)}
 
 

@@ -31,6 +31,7 @@ class Source:
         image_mean, image_std: of RGB in 0..1.
         score_threshold, iou_threshold, topk_candidates: arguments of `postprocess_detections`.
         max_detections: the argument of `postprocess_detections` for a number of classes with the background.
+        clip_before_nms: whether boxes are clipped to the image before NMS.
         other_anchors: the entry of `anchors` for a number of classes that is neither VOC's nor COCO's. None if the
             project's code takes it from a configuration.
         anchors_innermost: the channels of the head are ordered by class (or coordinate) and then by anchor.
@@ -47,6 +48,7 @@ class Source:
     iou_threshold: float
     topk_candidates: int
     max_detections: Callable[[int], int]
+    clip_before_nms: bool
     other_anchors: str | None
     anchors_innermost: bool = False
     background_last: bool = False
@@ -131,6 +133,7 @@ def _torchvision() -> Source:
         iou_threshold=0.45,
         topk_candidates=400,
         max_detections=lambda num_classes: 200,
+        clip_before_nms=True,
         other_anchors=None,
     )
 
@@ -148,6 +151,7 @@ def _amdegroot() -> Source:
         topk_candidates=200,
         # 200 of each class: its code means to keep 200 of the image, but sets the others to zero in a copy.
         max_detections=lambda num_classes: 200 * (num_classes - 1),
+        clip_before_nms=False,
         other_anchors="coco",
     )
 
@@ -174,6 +178,7 @@ def _lufficc(size: int) -> Source:
         iou_threshold=0.45,
         topk_candidates=8732 if small else 24564,  # all anchors
         max_detections=lambda num_classes: 100,
+        clip_before_nms=False,
         other_anchors=None,
     )
 
@@ -202,6 +207,7 @@ def _mmdetection(size: int) -> Source:
         iou_threshold=0.45,
         topk_candidates=1000 * maps,  # its code takes 1000 of each feature map, among all classes
         max_detections=lambda num_classes: 200,
+        clip_before_nms=True,
         other_anchors=None,
         background_last=True,
     )
@@ -229,6 +235,7 @@ def _nvidia(depth: int) -> Source:
         iou_threshold=float(np.nextafter(np.float32(0.5), np.float32(0))),
         topk_candidates=200,
         max_detections=lambda num_classes: 200,
+        clip_before_nms=False,
         other_anchors=None,
         anchors_innermost=True,
     )
