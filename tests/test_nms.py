@@ -76,6 +76,23 @@ def test_a_chain_of_decisions_spans_blocks(backend: Backend) -> None:
     assert kept.tolist() == [*range(0, 61, 2), *range(61, 511, 2), *range(511, 570, 2)]
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("side", ["before", "behind"])
+def test_a_box_as_far_away_as_the_threshold_allows(backend: Backend, threshold: float, side: str) -> None:
+    # A block lies between a row and the box that suppresses it, so that the row finds it in a list. Each place has four
+    # rows. The list begins with two other boxes, so that its places do not begin at multiples of four.
+    width = 100.0
+    place = torch.arange(128) // 4 * (2 * width * (1 - threshold) / threshold)
+    height = torch.arange(128.0) * 10  # no row overlaps another
+    rows = torch.stack((place, height, place + width, height + 1), dim=1)
+    listed = rows.clone()
+    listed[:, 0] = listed[:, 2] - width * (0.9999 / threshold if side == "before" else 1.0001 * threshold)
+    listed = torch.cat((torch.tensor([[-1e4, 0, -9e3, 1], [-1e4, 10, -9e3, 11]]), listed[:126]))
+    boxes = torch.cat((listed, rows + 1e5, rows))
+    kept = run_nms(backend, boxes, -torch.arange(384.0), threshold)
+    assert kept.tolist() == [*range(256), 382, 383]  # the list has no box for the last two rows
+
+
 # Around the ends of the first, the second and a later block.
 @pytest.mark.parametrize("max_output", [1, 50, 127, 128, 129, 255, 256, 257, 400, 499, 500, 501, 600])
 def test_max_output_limits_what_is_returned(backend: Backend, max_output: int) -> None:

@@ -23,6 +23,11 @@ compare their rows with the listed boxes before they wait for bits. No two class
 no chain comes waits for nobody: block 0, a block that begins with a new class, or a block whose first row is no
 candidate.
 
+Lists are sorted by the left sides of their boxes. The rows of a block are sorted as well, and four neighbours go to one
+thread. Where a box must begin to suppress one of the four follows from their widths and the threshold (`_reach`). So a
+thread bisects each list, and compares its rows with a part of it: a quarter, if boxes lie anywhere in an image and have
+sides up to a fifth of the image's.
+
 A row is compared with other boxes without division, by how far their intersection exceeds what the threshold asks for
 (`Rule`). Where rounding could decide, all pairs of the step are compared again by their IoU. So the result is that of
 IoUs, at a third of the instructions.
@@ -62,12 +67,21 @@ from ssdcore.kernels.rules import EXACT, round_down, sort_key
 
 BLOCK_ROWS = 128  # rows per program: one per thread at four warps, so that a row's bits stay in its thread
 WARPS = BLOCK_ROWS // 32  # of a program: one per word of bits
+# Without a limit, ptxas stays below 96 registers and spills up to 24 bytes. AMD's backend knows no such limit.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}  # 128: four programs per multiprocessor
 COLLECT_BLOCK = 4096  # rows collected at once: 8 per thread at sixteen warps, three steps at 8732
 MARGIN = Constant(2.0**-18)  # of a box's area; rounding errors of a decision add up to less than a quarter of it
 LEAST_AREA, LARGEST_AREA = Constant(2.0**-80), Constant(2.0**100)  # between them no product underflows or overflows
 LEAST_THRESHOLD = Constant(2.0**-10)  # below it, an intersection of 0 would be nearly in doubt
-NEVER = Constant(3.4e38)  # no intersection exceeds it; finite, so that no infinity is subtracted from another
+SLACK = Constant(2.0**-12)  # of a width or a coordinate; lists are sorted to 2**-16, and rounding errors are smaller
+LEAST_SLACK = Constant(1e-30)  # much more than the steps between denormal numbers
+# The largest number: no intersection exceeds it, and no box begins behind it. It is finite, so that no infinity is
+# subtracted from another.
+NEVER = Constant(3.4028234663852886e38)
 WORD_BITS = Constant(32)  # rows that a word of bits speaks for
+LANES = Constant(32)  # threads of a warp
+QUAD = Constant(4)  # neighbouring rows that a thread compares with listed boxes, a fourth of them
+SEARCH_STEPS = Constant(5)  # to find one of the BLOCK_ROWS / QUAD quads of a list
 PUBLISHED = Constant(1 << 32)  # added to a published word, because a word of bits may be zero
 
 
@@ -86,7 +100,7 @@ class Chain(NamedTuple):
     ticket_ptr: Tensor  # int64 [1], zero at first
     words_ptr: Tensor  # int64 [B, blocks, words], zero at first: bits of the rows that a block kept, and PUBLISHED
     counts_ptr: Tensor  # int64 [B, blocks], zero at first: 1 + how many boxes a block listed
-    lists_ptr: Tensor  # fp32 [B, blocks, BLOCK_ROWS, 4]: boxes with an area that a block kept of its last class
+    lists_ptr: Tensor  # fp32 [B, blocks, BLOCK_ROWS, 4]: boxes with an area that a block kept of its last class, by x1
 
 
 class Block(NamedTuple):
@@ -96,7 +110,6 @@ class Block(NamedTuple):
     begin: tl.tensor  # first row
     row: tl.tensor  # [BLOCK]
     exists: tl.tensor  # bool [BLOCK]
-    box: tl.tensor  # Box of [BLOCK]
     class_begin: tl.tensor  # [BLOCK]: the first row of this block and the one before that is of each row's class
 
 
@@ -108,9 +121,11 @@ class Rule(NamedTuple):
     If the difference is larger than MARGIN * a, they do not change the decision.
     """
 
-    threshold: tl.tensor  # t, rounded down
-    share: tl.tensor  # s
-    margin: tl.tensor  # MARGIN / s: MARGIN * a as a part of s * a
+    threshold: float  # t, rounded down
+    share: float  # s
+    margin: float  # MARGIN / s: MARGIN * a as a part of s * a
+    reach_before: float  # in widths of a box: how far before it a box may begin that suppresses it
+    reach_behind: float  # the same, behind its left side
 
 
 @triton.jit
@@ -125,13 +140,19 @@ def _of_image(sorted_boxes, image, num_boxes):
 
 
 @triton.jit
-def _pack(flags, BLOCK: tl.constexpr):
-    """Flags [BLOCK] as words of bits, int32 [BLOCK / 32]."""
+def _pack(flags, row, BLOCK: tl.constexpr):
+    """Flags [BLOCK] of the rows `row` of a block as words of bits, int32 [BLOCK / 32]."""
     word = tl.arange(0, BLOCK // WORD_BITS)
-    column = tl.arange(0, BLOCK)
     # Every thread takes part in the sum of every word, so that all threads know all words after one exchange.
-    bits = flags.to(tl.int32) << (column % WORD_BITS)
-    return tl.sum(tl.where((column // WORD_BITS)[None, :] == word[:, None], bits[None, :], 0), axis=1)
+    bits = flags.to(tl.int32) << (row % WORD_BITS)
+    return tl.sum(tl.where((row // WORD_BITS)[None, :] == word[:, None], bits[None, :], 0), axis=1)
+
+
+@triton.jit
+def _bit_of(row, BLOCK: tl.constexpr):
+    """For each row [BLOCK] words that have its bit set, int32 [BLOCK / 32, BLOCK]."""
+    word = tl.arange(0, BLOCK // WORD_BITS)
+    return tl.where((row // WORD_BITS)[None, :] == word[:, None], (1 << (row % WORD_BITS))[None, :], 0)
 
 
 @triton.jit
@@ -147,29 +168,18 @@ def _load_tile(boxes_ptr, begin, num_boxes, BLOCK: tl.constexpr, WARPS: tl.const
     A thread has several rows, and each warp has all. So what a warp loads of another box serves several pairs per
     thread. Loads of one dimension fix which thread has which row; for three dimensions, versions of Triton differ.
     """
-    LANES: tl.constexpr = 32
     index = tl.arange(0, BLOCK * WARPS)
-    row = begin + index // (WARPS * LANES) * LANES + index % LANES
+    row = begin + index // BLOCK * LANES + index % LANES
     box = load_box_by_coordinate(boxes_ptr, tl.minimum(row, num_boxes - 1))
+    return _reshape(box, (BLOCK // LANES, WARPS, LANES))
+
+
+@triton.jit
+def _reshape(box, shape: tl.constexpr):
+    """Boxes in another shape."""
     return Box(
-        tl.reshape(box.x1, (BLOCK // LANES, WARPS, LANES)),
-        tl.reshape(box.y1, (BLOCK // LANES, WARPS, LANES)),
-        tl.reshape(box.x2, (BLOCK // LANES, WARPS, LANES)),
-        tl.reshape(box.y2, (BLOCK // LANES, WARPS, LANES)),
+        tl.reshape(box.x1, shape), tl.reshape(box.y1, shape), tl.reshape(box.x2, shape), tl.reshape(box.y2, shape)
     )
-
-
-@triton.jit
-def _for_tile(box):
-    """Boxes [WARPS] as [1, WARPS, 1], to be compared with a tile: one by each warp."""
-    return Box(box.x1[None, :, None], box.y1[None, :, None], box.x2[None, :, None], box.y2[None, :, None])
-
-
-@triton.jit
-def _rule(threshold):
-    """The rule of a threshold."""
-    share = tl.div_rn(threshold, 1 + threshold)
-    return Rule(threshold, share, tl.div_rn(MARGIN, share))
 
 
 @triton.jit
@@ -198,14 +208,15 @@ def _in_doubt(excess, share, rule):
 
 @triton.jit
 def _estimate_suppressors(boxes_ptr, tile, begin, num_boxes, rule, BLOCK: tl.constexpr):
-    """As `_find_suppressors`, without division; and whether any of the decisions is in doubt."""
+    """Which rows overlap each row, better or not, without division; and whether any of the decisions is in doubt."""
     share = _share(tile, rule)
-    word_begin = begin + tl.arange(0, BLOCK // WORD_BITS) * WORD_BITS  # a word per warp
+    thread = tl.arange(0, BLOCK)
+    word_end = begin + thread // LANES * LANES + (LANES - 1)  # a word per warp, all of whose threads load one box
     apart = tl.zeros(share.shape, tl.uint32)
     nearest = tl.full(share.shape, float("inf"), tl.float32)
     for step in range(WORD_BITS):
-        other = tl.minimum(word_begin + (WORD_BITS - 1 - step), num_boxes - 1)
-        other_box = _for_tile(load_box_by_coordinate(boxes_ptr, other))
+        other_box = load_box(boxes_ptr, tl.minimum(word_end - step, num_boxes - 1), thread >= 0)
+        other_box = _reshape(other_box, (1, BLOCK // LANES, LANES))
         other_area = area(other_box)
         # A box without area suppresses nothing.
         excess = _excess(tile, other_box, tl.where(other_area > 0, other_area * rule.share, float("inf"))) - share
@@ -218,30 +229,33 @@ def _estimate_suppressors(boxes_ptr, tile, begin, num_boxes, rule, BLOCK: tl.con
 
 @triton.jit
 def _find_suppressors_exactly(boxes_ptr, block, begin, num_boxes, rule, BLOCK: tl.constexpr):
-    """As `_find_suppressors`, of any boxes."""
+    """Which rows overlap each row, better or not, of any boxes."""
+    box = load_box(boxes_ptr, block.row, block.exists)
     word = tl.arange(0, BLOCK // WORD_BITS)
     suppressors = tl.zeros([BLOCK // WORD_BITS, BLOCK], tl.int32)
     # Bit by bit, with a word in a register. To pack a tile of comparisons, threads would have to exchange them.
     for bit in range(WORD_BITS):
         other = tl.minimum(begin + word * WORD_BITS + bit, num_boxes - 1)
         other_box = load_box_by_coordinate(boxes_ptr, other)
-        overlaps = rule.threshold < iou_or_zero(columns(block.box), rows(other_box))
+        overlaps = rule.threshold < iou_or_zero(columns(box), rows(other_box))
         suppressors |= overlaps.to(tl.int32) << bit
     return suppressors
 
 
 @triton.jit
 def _find_suppressors(boxes_ptr, block, tile, begin, num_boxes, rule, BY_CLASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of the BLOCK rows from `begin` on overlap each row of the block.
+    """Which better rows of its class overlap each row of the block, of the BLOCK rows from `begin` on.
 
-    int32 [BLOCK / 32, BLOCK]: a column per row of the block, with one bit per row from `begin` on. Bits of later rows
-    than that row mean nothing.
+    int32 [BLOCK / 32, BLOCK]: a column per row of the block, with one bit per row from `begin` on.
     """
     suppressors, in_doubt = _estimate_suppressors(boxes_ptr, tile, begin, num_boxes, rule, BLOCK)
-    if in_doubt:
-        suppressors = _find_suppressors_exactly(boxes_ptr, block, begin, num_boxes, rule, BLOCK)
+    better = _lower_bits(block.row - begin, BLOCK)
     if BY_CLASS:
-        suppressors &= ~_lower_bits(block.class_begin - begin, BLOCK)
+        better &= ~_lower_bits(block.class_begin - begin, BLOCK)
+    # Before the branch: behind it, both would stay in registers until the rows are settled.
+    suppressors &= better
+    if in_doubt:
+        suppressors = _find_suppressors_exactly(boxes_ptr, block, begin, num_boxes, rule, BLOCK) & better
     return suppressors
 
 
@@ -303,30 +317,81 @@ def _wait_for_words(words_ptr):
 
 
 @triton.jit
-def _compare_with_list_exactly(suppressed, list_ptr, count, block, rule, LISTED_AT_ONCE: tl.constexpr):
+def _compare_with_list_exactly(suppressed, boxes_ptr, list_ptr, count, block, rule, LISTED_AT_ONCE: tl.constexpr):
     """Add to `suppressed`, int32 [BLOCK], what the `count` boxes of a list suppress."""
+    box = load_box(boxes_ptr, block.row, block.exists)
     for first in range(0, count, LISTED_AT_ONCE):
         # Without a mask, so that one address serves all threads. Behind the last entry are boxes without area.
         listed_box = load_box_by_coordinate(list_ptr + first * 4, tl.arange(0, LISTED_AT_ONCE))
-        overlaps = rule.threshold < iou_or_zero(columns(block.box), rows(listed_box))
+        overlaps = rule.threshold < iou_or_zero(columns(box), rows(listed_box))
         suppressed |= tl.max(overlaps.to(tl.int32), axis=0)
     return suppressed
 
 
 @triton.jit
-def _largest_excess(box, list_ptr, count, rule, WARPS: tl.constexpr):
-    """The largest excess of each box of a tile over the `count` boxes of a list, of which each warp takes its part."""
-    largest = tl.full(box.x1.shape, -float("inf"), tl.float32)
-    for first in range(0, count, WARPS):
-        listed = _for_tile(load_box_by_coordinate(list_ptr + first * 4, tl.arange(0, WARPS)))
-        excess = _excess(box, listed, area(listed) * rule.share)
+def _order_by_left(box, BLOCK: tl.constexpr):
+    """The rows [BLOCK] sorted by their left sides, of which the lowest 7 bits are replaced by the row."""
+    bits = box.x1.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # sorts as the number does
+    return tl.sort((key & -BLOCK) | tl.arange(0, BLOCK)) & (BLOCK - 1)
+
+
+@triton.jit
+def _load_quads(boxes_ptr, begin, order, num_boxes, BLOCK: tl.constexpr):
+    """The rows of a block as a Box of [4, BLOCK]: a column per thread, and four threads have the same four rows.
+
+    Each of these takes a fourth of the listed boxes.
+    """
+    index = tl.arange(0, BLOCK * QUAD)
+    row = begin + tl.gather(order, index % BLOCK // QUAD * QUAD + index // BLOCK, 0)
+    return _reshape(load_box_by_coordinate(boxes_ptr, tl.minimum(row, num_boxes - 1)), (QUAD, BLOCK))
+
+
+@triton.jit
+def _reach(box, rule):
+    """Between which two numbers, [BLOCK] each, a box begins that suppresses any of four rows, if the rule can tell.
+
+    If the IoU exceeds t, the intersection is more than t times as wide as either box. So a box of width w is suppressed
+    by none that begins more than (1 - t) w behind its left side. The other box is at most w / t wide, so that it begins
+    at most (1 - t) w / t before that side.
+    """
+    width = box.x2 - box.x1
+    slack = tl.abs(box.x1) * SLACK + LEAST_SLACK
+    first = (box.x1 - slack) - width * rule.reach_before
+    last = (box.x1 + slack) + width * rule.reach_behind
+    return tl.min(first, axis=0), tl.max(last, axis=0)
+
+
+@triton.jit
+def _last_quad_before(list_ptr, x, BLOCK: tl.constexpr):
+    """The last quad of a list of which the first box begins before x, [BLOCK]; 0 if there is none."""
+    quad = tl.zeros(x.shape, tl.int32)
+    for step in tl.static_range(SEARCH_STEPS):
+        middle = quad + (BLOCK // QUAD >> (step + 1))
+        quad = tl.where(tl.load(list_ptr + middle * (QUAD * 4)) < x, middle, quad)
+    return quad
+
+
+@triton.jit
+def _largest_excess(quads, reach_first, reach_last, list_ptr, rule, BLOCK: tl.constexpr):
+    """The largest excess of each box over the boxes of a list within reach, of which each thread takes a fourth."""
+    thread = tl.arange(0, BLOCK)
+    first = _last_quad_before(list_ptr, reach_first, BLOCK)
+    num_steps = tl.max(_last_quad_before(list_ptr, reach_last, BLOCK) - first) + 1
+    # All threads take as many steps as the one that needs most, within the list.
+    listed_index = tl.minimum(first, BLOCK // QUAD - num_steps) * QUAD + thread % QUAD
+    largest = tl.full(quads.x1.shape, -float("inf"), tl.float32)
+    for _ in range(num_steps):
+        listed = load_box(list_ptr, listed_index, thread >= 0)
+        excess = _excess(quads, _reshape(listed, (1, BLOCK)), (area(listed) * rule.share)[None, :])
         largest = tl.maximum(largest, excess, propagate_nan=tl.PropagateNan.ALL)
+        listed_index += QUAD
     return largest
 
 
 @triton.jit
 def _follow_chain(
-    sorted_boxes, chain, block, tile, first_block, num_boxes, max_output, rule, first_class,
+    sorted_boxes, chain, block, order, tile, first_block, num_boxes, max_output, rule, first_class,
     BY_CLASS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Which rows the earlier blocks of the chain suppress, int32 [BLOCK]; waits for these blocks."""
@@ -334,9 +399,11 @@ def _follow_chain(
         sorted_boxes.boxes_ptr, block, tile, block.begin - BLOCK, num_boxes, rule, BY_CLASS, BLOCK
     )
     suppressed = tl.zeros([BLOCK], tl.int32)
-    share = _share(tile, rule)
-    row_of_thread = tl.arange(0, share.shape[0])[:, None, None]
-    hits = tl.zeros(share.shape[1:], tl.int32)  # a bit per row of the thread
+    quads = _load_quads(sorted_boxes.boxes_ptr, block.begin, order, num_boxes, BLOCK)
+    share = _share(quads, rule)
+    reach_first, reach_last = _reach(quads, rule)
+    row_of_thread = tl.arange(0, QUAD)[:, None]
+    hits = tl.zeros([BLOCK], tl.int32)  # a bit per row of the thread
     num_kept = 0
     earlier = 0  # the block whose list is read next; at first the block in which the chain begins
     if BY_CLASS:
@@ -345,14 +412,20 @@ def _follow_chain(
     while (earlier < block.index - 1) & (num_kept < max_output):
         count = _wait_for_count(chain.counts_ptr + first_block + earlier)
         list_ptr = chain.lists_ptr + (first_block + earlier) * BLOCK * 4
-        excess = _largest_excess(tile, list_ptr, count, rule, WARPS) - share
+        excess = _largest_excess(quads, reach_first, reach_last, list_ptr, rule, BLOCK) - share
         hits |= tl.sum((excess > share * rule.margin).to(tl.int32) << row_of_thread, axis=0)
         if _in_doubt(excess, share, rule):
-            suppressed = _compare_with_list_exactly(suppressed, list_ptr, count, block, rule, WARPS)
+            suppressed = _compare_with_list_exactly(
+                suppressed, sorted_boxes.boxes_ptr, list_ptr, count, block, rule, WARPS
+            )
         num_kept += count
         earlier += 1
     if num_kept < max_output:
-        suppressed |= tl.reshape(tl.max((hits[None, :, :] >> row_of_thread) & 1, axis=1), (BLOCK,))
+        position = tl.arange(0, BLOCK)
+        of_quads = tl.reduce_or(tl.reshape(hits, (BLOCK // QUAD, QUAD)), axis=1)
+        hits = tl.gather(of_quads, position // QUAD, 0) >> (position % QUAD)
+        hit_words = _pack(hits & 1, order, BLOCK)
+        suppressed |= _any_kept(_bit_of(position, BLOCK), hit_words).to(tl.int32)
         word = tl.arange(0, BLOCK // WORD_BITS)
         previous = _wait_for_words(chain.words_ptr + (first_block + block.index - 1) * (BLOCK // WORD_BITS) + word)
         suppressed |= _any_kept(by_previous, previous).to(tl.int32)
@@ -369,7 +442,7 @@ def _settle(alive, suppressors, BLOCK: tl.constexpr):
     # Row i of the block is settled after i + 1 rounds at the latest. Real boxes need a few.
     while changed != 0:
         before = kept
-        kept = alive & ~_any_kept(suppressors, _pack(before, BLOCK))
+        kept = alive & ~_any_kept(suppressors, _pack(before, tl.arange(0, BLOCK), BLOCK))
         changed = tl.max((kept ^ before).to(tl.int32))
     return kept
 
@@ -380,20 +453,23 @@ def _publish_words(words_ptr, kept, BLOCK: tl.constexpr):
     word = tl.arange(0, BLOCK // WORD_BITS)
     # Relaxed: nothing but the words is read. An atomic, so that no cache holds them back. They are added to zero,
     # because AMD's backend of Triton 3.6 cannot exchange a tensor.
-    published = _pack(kept, BLOCK).to(tl.uint32, bitcast=True).to(tl.int64) | PUBLISHED
+    published = _pack(kept, tl.arange(0, BLOCK), BLOCK).to(tl.uint32, bitcast=True).to(tl.int64) | PUBLISHED
     tl.atomic_add(words_ptr + word, published, sem="relaxed")
 
 
 @triton.jit
-def _publish_list(list_ptr, counts_ptr, block, listed):
+def _publish_list(boxes_ptr, list_ptr, counts_ptr, block, order, listed, num_boxes, BLOCK: tl.constexpr):
     """Publish the boxes that are kept, for later blocks of the chain."""
+    position = tl.arange(0, BLOCK)
+    box = load_box(boxes_ptr, tl.minimum(block.begin + order, num_boxes - 1), position >= 0)
+    listed = tl.gather(listed, order, 0) & (area(box) > 0).to(tl.int32)
     count = tl.sum(listed)
     before = tl.cumsum(listed, 0) - listed
-    # Readers take several boxes at once. Behind the last one they find boxes without area, which suppress nothing.
     is_listed = listed != 0
-    slot = tl.where(is_listed, before, count + (block.row - block.begin) - before)
-    x1, y1 = tl.where(is_listed, block.box.x1, 0.0), tl.where(is_listed, block.box.y1, 0.0)
-    x2, y2 = tl.where(is_listed, block.box.x2, 0.0), tl.where(is_listed, block.box.y2, 0.0)
+    slot = tl.where(is_listed, before, count + position - before)
+    # Readers search a whole list. Behind the last box they find boxes without area, which suppress nothing.
+    x1, y1 = tl.where(is_listed, box.x1, NEVER), tl.where(is_listed, box.y1, 0.0)
+    x2, y2 = tl.where(is_listed, box.x2, NEVER), tl.where(is_listed, box.y2, 0.0)
     every_row = block.row >= block.begin
     store_box(list_ptr, slot, Box(x1, y1, x2, y2), every_row)
     # Every thread's part of the list is stored before one thread publishes it.
@@ -413,7 +489,11 @@ def _settle_kernel(
     num_boxes,
     num_blocks,
     max_output,
-    iou_threshold,
+    threshold,  # this and the next four are a Rule, as numbers because a bundle would cost the host more
+    share,
+    margin,
+    reach_before,
+    reach_behind,
     BY_CLASS: tl.constexpr,
     BY_SCORE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -425,13 +505,11 @@ def _settle_kernel(
     image = ticket % batch  # int64, and so is every offset that it makes
     index = (ticket // batch).to(tl.int32)
     sorted_boxes = _of_image(sorted_boxes, image, num_boxes)
-    kept_ptr += image * num_boxes
     first_block = image * num_blocks
 
     begin = index * BLOCK
     row = begin + tl.arange(0, BLOCK)
     exists = row < num_boxes
-    box = load_box(sorted_boxes.boxes_ptr, row, exists)
     class_begin = row
     first_class = 0
     of_first_class = exists
@@ -454,15 +532,15 @@ def _settle_kernel(
         alive &= tl.load(sorted_boxes.scores_ptr + rank, mask=exists, other=-float("inf")) > -float("inf")
         # Rows of a class are sorted by score. If the block's first row is no candidate, no later row of its class is.
         chain_comes_in &= tl.load(sorted_boxes.scores_ptr + first_rank) > -float("inf")
-    block = Block(index, begin, row, exists, box, class_begin)
-    rule = _rule(iou_threshold)
+    block = Block(index, begin, row, exists, class_begin)
+    rule = Rule(threshold, share, margin, reach_before, reach_behind)
     tile = _load_tile(sorted_boxes.boxes_ptr, begin, num_boxes, BLOCK, WARPS)
     suppressors = _find_suppressors(sorted_boxes.boxes_ptr, block, tile, begin, num_boxes, rule, BY_CLASS, BLOCK)
-    suppressors &= _lower_bits(row - begin, BLOCK)  # of better rows
+    order = _order_by_left(load_box(sorted_boxes.boxes_ptr, row, exists), BLOCK)
 
     if chain_comes_in:
         suppressed = _follow_chain(
-            sorted_boxes, chain, block, tile, first_block, num_boxes, max_output, rule, first_class,
+            sorted_boxes, chain, block, order, tile, first_block, num_boxes, max_output, rule, first_class,
             BY_CLASS, BLOCK, WARPS,
         )  # fmt: skip
         alive &= (suppressed == 0) | ~of_first_class
@@ -475,12 +553,14 @@ def _settle_kernel(
         of_last_class &= tl.load(sorted_boxes.classes_ptr + row, mask=exists, other=0) == last_class
     list_ptr = chain.lists_ptr + (first_block + index) * BLOCK * 4
     # Boxes without area suppress nothing, and readers rely on it that none is listed.
-    listed = (kept & of_last_class & (area(box) > 0)).to(tl.int32)
-    _publish_list(list_ptr, chain.counts_ptr + first_block + index, block, listed)
+    listed = (kept & of_last_class).to(tl.int32)
+    _publish_list(
+        sorted_boxes.boxes_ptr, list_ptr, chain.counts_ptr + first_block + index, block, order, listed, num_boxes, BLOCK
+    )
     kept_rank = row
     if BY_CLASS:
         kept_rank = tl.load(sorted_boxes.ranks_ptr + row, mask=exists, other=0)
-    tl.store(kept_ptr + kept_rank, kept, mask=exists)
+    tl.store(kept_ptr + image * num_boxes + kept_rank, kept, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_boxes", "max_output"])
@@ -530,6 +610,14 @@ def _sort(
     return SortedBoxes(boxes.gather(1, box_of_row[..., None].expand(-1, -1, 4)), classes, ranks, keys), order
 
 
+def _rule(iou_threshold: float) -> Rule:
+    """The rule of a threshold. Its numbers are computed here, because a kernel would keep them in registers."""
+    threshold = max(iou_threshold, LEAST_THRESHOLD.value)  # below it, exact arithmetic decides
+    share = threshold / (1 + threshold)
+    rest = max(1 - threshold, 0.0) + SLACK.value
+    return Rule(round_down(iou_threshold), share, MARGIN.value / share, rest / threshold, rest)
+
+
 def launch_batched_nms_padded(
     boxes: Tensor,
     scores: Tensor,
@@ -558,12 +646,13 @@ def launch_batched_nms_padded(
         num_boxes=num_boxes,
         num_blocks=num_blocks,
         max_output=max_output,
-        iou_threshold=round_down(iou_threshold),
+        **_rule(iou_threshold)._asdict(),
         BY_CLASS=idxs is not None,
         BY_SCORE=score_threshold is not None,
         BLOCK=BLOCK_ROWS,
         WARPS=WARPS,
         num_warps=WARPS,
+        **REGISTERS,
         **EXACT,
     )
     output = torch.empty(batch, max_output, dtype=torch.int64, device=device)
