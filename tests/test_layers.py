@@ -15,7 +15,7 @@ SUBJECTS = ("boxes", "matching", "multibox", "nms", "postprocess")
 
 # Shared host code of kernels/, lowest layer first: a file may import those before it.
 SHARED = ("rules", "checks", "sorting", "levels", "registry")
-DEVICE = {f"ssdcore.kernels.device.{name}" for name in ("boxmath", "constant", "head", "selection")}
+DEVICE = {f"ssdcore.kernels.device.{name}" for name in ("arithmetic", "boxmath", "constant", "head", "selection")}
 # An op that is built from another op uses the eager code of that op, never its kernels.
 EAGER_USES = {
     "multibox": {"ssdcore.kernels.boxes.eager"},

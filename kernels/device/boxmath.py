@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 
 from ssdcore.kernels import rules
+from ssdcore.kernels.device.arithmetic import fused_multiply_add, half_step
 from ssdcore.kernels.device.constant import Constant
 
 MAX_LOG_SCALE = Constant(rules.MAX_LOG_SCALE)
+LEAST_AREA = Constant(2.0**-80)  # areas and thresholds from these on have products far from underflow
+LEAST_THRESHOLD = Constant(2.0**-10)
 
 
 class Box(NamedTuple):
@@ -40,6 +43,14 @@ class Weights(NamedTuple):
     y: float
     w: float
     h: float
+
+
+class IouLimit(NamedTuple):
+    """A threshold of the IoU, as `iou_exceeds` takes it."""
+
+    threshold: tl.tensor
+    half_step: tl.tensor  # half the distance to the next larger number
+    least_area: tl.tensor  # the comparison is exact for areas from here on
 
 
 @triton.jit
@@ -161,6 +172,54 @@ def iou_or_zero(a, b):
     union = area(a) + area(b) - intersection
     intersects = intersection > 0
     return tl.where(intersects, tl.div_rn(tl.where(intersects, intersection, 1.0), union), 0.0)
+
+
+@triton.jit
+def iou_limit(threshold):
+    """A threshold of 0 or more, for `iou_exceeds`."""
+    least_area = tl.where(threshold >= LEAST_THRESHOLD, LEAST_AREA, float("inf"))
+    return IouLimit(threshold, half_step(threshold), least_area)
+
+
+@triton.jit
+def areas_are_usual(box, limit):
+    """Whether no box of a row [1, M] has an area so small that `iou_exceeds` cannot decide without division."""
+    box_area = area(box)
+    is_unusual = ((box_area > 0) & (box_area < limit.least_area)).to(tl.int32)
+    # Along the row first, which a warp has to itself.
+    return tl.max(tl.max(is_unusual, axis=1)) == 0
+
+
+@triton.jit
+def iou_exceeds(a, b, limit, b_is_usual):
+    """Whether the IoU of boxes, elementwise, exceeds the threshold: `iou_or_zero(a, b) > threshold`, to the last bit.
+
+    The quotient I / U of two numbers rounds to more than t if and only if it is larger than t + h, where h is half the
+    distance from t to the next number. It is never t + h itself, which has a bit more than I can have if it is to be a
+    product with U. So the question is whether I - t U exceeds h U. Near that border, I - t U is a number without
+    rounding, and far from it, rounding does not carry it across.
+
+    Args:
+        a, b: boxes.
+        limit: the threshold.
+        b_is_usual: `areas_are_usual(b, limit)`, a scalar. The union is at least as large as `b` here, because boxes
+            without a positive area overlap nothing.
+    """
+    if b_is_usual:
+        width, height = intersection_sides(a, b)
+        intersection = width * height  # not above 0 unless both sides are
+        union = _area_or_zero(a) + _area_or_zero(b) - intersection
+        excess = fused_multiply_add(-limit.threshold, union, intersection)
+        exceeds = excess > limit.half_step * union
+    else:
+        exceeds = iou_or_zero(a, b) > limit.threshold
+    return exceeds
+
+
+@triton.jit
+def _area_or_zero(box):
+    """The area of boxes, 0 where it is negative; a NaN stays a NaN."""
+    return tl.maximum(area(box), 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
