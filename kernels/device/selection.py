@@ -131,17 +131,20 @@ def _is_above(keys, limit):
 
 
 @triton.jit
-def compact_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
-    """Move the keys larger than `limit` to the front, in their order, and return their number."""
+def compact_above(keys_ptr, num_keys, limit, TILES: tl.constexpr, TILE: tl.constexpr):
+    """Move the keys larger than `limit` to the front, in any order, and return their number."""
     count = 0
-    for start in range(0, num_keys, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        keys = tl.load(keys_ptr + index, mask=index < num_keys, other=-1)
-        above = (keys > limit).to(tl.int32)
+    for start in range(0, num_keys, TILES * TILE):
+        tiles = load_keys(keys_ptr, start, num_keys, TILES, TILE)
+        # One sum over the threads for all tiles: the keys of a thread get neighbouring slots.
+        above = _count_in_tiles(tiles, limit)
         slot = count + tl.cumsum(above, 0) - above
         # A key may move to where another thread has yet to read.
         tl.debug_barrier()
-        tl.store(keys_ptr + slot, keys, mask=above > 0)
+        for i in tl.static_range(TILES):
+            is_above = tiles[i] > limit
+            tl.store(keys_ptr + slot, tiles[i], mask=is_above)
+            slot += is_above.to(tl.int32)
         count += tl.sum(above)
     # Other threads of the program read what this thread wrote.
     tl.debug_barrier()
@@ -149,14 +152,14 @@ def compact_above(keys_ptr, num_keys, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, BLOCK: tl.constexpr):
+def keep_k_largest(keys_ptr, num_keys, k, TOP_BIT: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
     """Reduce a list of distinct keys to its k largest, and return how many are left."""
     if num_keys > k:
-        first_keys = load_keys(keys_ptr, 0, num_keys, 1, BLOCK)
+        first_keys = load_keys(keys_ptr, 0, num_keys, TILES, TILE)
         top = tl.cast(1, first_keys[0].dtype) << TOP_BIT
         # Bounds that depend on the keys save steps, but take registers.
         limit, _ = limit_between(first_keys, keys_ptr, num_keys, k, k, tl.cast(-1, top.dtype), top - 1 + top)
-        num_keys = compact_above(keys_ptr, num_keys, limit, BLOCK)
+        num_keys = compact_above(keys_ptr, num_keys, limit, TILES, TILE)
     return num_keys
 
 

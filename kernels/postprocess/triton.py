@@ -15,9 +15,10 @@ then need never be looked at. Four launches, whatever the number of images and c
    per class. The order in which programs run changes the order of a list, but no result, because keys are distinct and
    only their order counts.
 3. Classes. A program takes one class of one image. It finds the k best of the class's list, sorts them by counting, and
-   runs NMS over them, 32 at a time, each compared with the kept ones before it. A list of 32 need not be sorted. It
-   appends what is kept to the image's list. The last program of an image to finish selects the best of that list, sorts
-   them by counting and writes the output with its padding, unless the image needs step 4.
+   runs NMS over them, 32 at a time, each compared with the kept ones before it. These move to the front of the sorted
+   boxes, so that nothing else is read. IoUs are compared without division. A list of 32 need not be sorted. It appends
+   what is kept to the image's list. The last program of an image to finish selects the best of that list, sorts them by
+   counting and writes the output with its padding, unless the image needs step 4.
 4. The rest. If fewer detections are kept than wanted, candidates lie below the cutoff, and a class has fewer than k
    candidates above it, the image is settled again without a cutoff. That is exact, and hardly ever necessary.
    Otherwise these programs have nothing to do.
@@ -40,7 +41,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.device.boxmath import Box, Deltas, Weights, columns, decode, iou_or_zero, load_box, rows, store_box
+from ssdcore.kernels.device.arithmetic import LEAST_QUOTIENT, divide, divisor_of
+from ssdcore.kernels.device.boxmath import (
+    Box,
+    Deltas,
+    Weights,
+    areas_are_usual,
+    columns,
+    decode,
+    iou_exceeds,
+    iou_limit,
+    load_box,
+    rows,
+    store_box,
+)
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.device.head import (
     TILE_WARPS,
@@ -106,8 +120,7 @@ class Scratch(NamedTuple):
 
     candidates_ptr: Tensor  # int64 [B, C - 1, capacity]: keys of each class's candidates
     sorted_keys_ptr: Tensor  # int64 [B, C - 1, K]: the best of them, sorted
-    sorted_boxes_ptr: Tensor  # fp32 [B, C - 1, K, 4] xyxy
-    kept_words_ptr: Tensor  # int32 [B, C - 1, words]: bits of those that are kept
+    sorted_boxes_ptr: Tensor  # fp32 [B, C - 1, K, 4] xyxy: their boxes; those that are kept move to the front
     kept_keys_ptr: Tensor  # int64 [B, kept]: keys of all that is kept in an image
 
 
@@ -127,7 +140,6 @@ class Sizes(NamedTuple):
     anchors: int  # A
     capacity: int  # slots in the list of a class
     topk: int  # K, candidates of a class that take part in NMS
-    words: int  # words of bits for K candidates
     kept: int  # slots for what is kept in an image
     detections: int  # D
 
@@ -139,7 +151,6 @@ class ClassProblem(NamedTuple):
     candidates_ptr: tl.tensor
     sorted_keys_ptr: tl.tensor
     sorted_boxes_ptr: tl.tensor
-    kept_words_ptr: tl.tensor
     boxes_ptr: tl.tensor  # decoded boxes of the image's anchors
     kept_keys_ptr: tl.tensor  # of the image
     kept_count_ptr: tl.tensor  # of the image
@@ -264,17 +275,37 @@ def _decode_boxes(
 
 @triton.jit
 def _classes_of_chunk(chunk, HEAD: tl.constexpr):
-    """The classes of a tile: a row if levels lie in rows, a column if they lie in planes."""
-    return tl.expand_dims(chunk * HEAD.chunk + tl.arange(0, HEAD.chunk), HEAD.planes)
+    """The foreground classes of a tile: a row if levels lie in rows, a column if they lie in planes."""
+    return tl.expand_dims(1 + chunk * HEAD.chunk + tl.arange(0, HEAD.chunk), HEAD.planes)
 
 
 @triton.jit
-def _scores_of(logits, top, total):
-    """The softmax of a tuple of tiles of logits."""
+def _scores_of(logits, top, total, bound):
+    """The softmax of a tuple of tiles of logits; scores that do not exceed `bound` need not be exact."""
     scores = ()
     for chunk in tl.static_range(len(logits)):
-        scores += (tl.div_rn(exp_difference(logits[chunk], top), tl.broadcast_to(total, logits[chunk].shape)),)
+        scores += (exp_difference(logits[chunk], top),)
+    if bound >= LEAST_QUOTIENT:
+        scores = _divide_tiles(scores, divisor_of(total))
+    else:
+        scores = _divide_tiles_exactly(scores, total)
     return scores
+
+
+@triton.jit
+def _divide_tiles(tiles, divisor):
+    quotients = ()
+    for i in tl.static_range(len(tiles)):
+        quotients += (divide(tiles[i], divisor),)
+    return quotients
+
+
+@triton.jit
+def _divide_tiles_exactly(tiles, number):
+    quotients = ()
+    for i in tl.static_range(len(tiles)):
+        quotients += (tl.div_rn(tiles[i], tl.broadcast_to(number, tiles[i].shape)),)
+    return quotients
 
 
 @triton.jit
@@ -294,11 +325,11 @@ def _list_candidates(
     row_ptr, stride = tl.expand_dims(row_ptr, axis), tl.expand_dims(stride, axis)
     # All loads come before the first atomic, and all atomics before the first store, so that they wait together.
     logits = ()
-    for chunk in tl.static_range((HEAD.classes + HEAD.chunk - 1) // HEAD.chunk):
+    for chunk in tl.static_range((HEAD.classes - 1 + HEAD.chunk - 1) // HEAD.chunk):
         class_id = _classes_of_chunk(chunk, HEAD)
-        inside = tl.expand_dims(mask, axis) & (class_id > 0) & (class_id < HEAD.classes)
+        inside = tl.expand_dims(mask, axis) & (class_id < HEAD.classes)
         logits += (tl.load(row_ptr + class_id * stride, mask=inside, other=-float("inf")).to(tl.float32),)
-    scores = _scores_of(logits, top, total)
+    scores = _scores_of(logits, top, total, bound)
     slots = ()
     for chunk in tl.static_range(len(scores)):
         list_ptr = tl.broadcast_to(listed_ptr + _classes_of_chunk(chunk, HEAD), scores[chunk].shape)
@@ -377,13 +408,13 @@ def _gather_kernel(
 @triton.jit
 def _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes):
     """The problem of one class of one image."""
-    problem_index = image * num_foreground + class_index
+    # In 32 bits, so that the offsets are products of 32 bits each, which a GPU multiplies at once.
+    problem_index = (image.to(tl.int32) * num_foreground + class_index).to(tl.int64)
     return ClassProblem(
         class_index,
         scratch.candidates_ptr + problem_index * sizes.capacity,
         scratch.sorted_keys_ptr + problem_index * sizes.topk,
         scratch.sorted_boxes_ptr + problem_index * sizes.topk * 4,
-        scratch.kept_words_ptr + problem_index * sizes.words,
         boxes_ptr + image * sizes.anchors * 4,
         scratch.kept_keys_ptr + image * sizes.kept,
         counters.kept_ptr + image,
@@ -421,45 +452,48 @@ def _resolve_word(alive, suppressors):
 
 
 @triton.jit
-def _suppressed_by_earlier_words(problem, word, column_box, iou_threshold, AT_ONCE: tl.constexpr):
-    """Which candidates of `word` a kept candidate of an earlier word suppresses, int32 [32]."""
+def _suppressed_by_kept(problem, num_kept, column_box, limit, column_is_usual, AT_ONCE: tl.constexpr):
+    """Which of 32 candidates one of the first `num_kept` sorted boxes suppresses, int32 [32]."""
     suppressed = tl.zeros([WORD_BITS], tl.int32)
-    for start in range(0, word * WORD_BITS, AT_ONCE):
+    for start in range(0, num_kept, AT_ONCE):
         row = start + tl.arange(0, AT_ONCE)
-        is_earlier = row < word * WORD_BITS
-        row_box = load_box(problem.sorted_boxes_ptr, row, is_earlier)
-        row_words = tl.load(problem.kept_words_ptr + row // WORD_BITS, mask=is_earlier, other=0)
-        row_is_kept = (row_words >> (row % WORD_BITS)) & 1
-        overlap = iou_or_zero(rows(row_box), columns(column_box))
-        suppresses = (overlap > iou_threshold) & (row_is_kept != 0)[:, None]
-        suppressed = tl.maximum(suppressed, tl.max(suppresses.to(tl.int32), axis=0))
+        row_box = load_box(problem.sorted_boxes_ptr, row, row < num_kept)
+        overlaps = iou_exceeds(rows(row_box), columns(column_box), limit, column_is_usual)
+        suppressed = tl.maximum(suppressed, tl.max(overlaps.to(tl.int32), axis=0))
     return suppressed
 
 
 @triton.jit
-def _kept_of_word(alive, row_box, box, precedes, iou_threshold):
+def _kept_of_word(alive, row_box, box, precedes, limit, box_is_usual):
     """Greedy NMS among the candidates of a word: the bits of those of `alive` that are kept.
 
     Args:
         alive: bool [32], false where there is no candidate or a candidate of an earlier word suppresses it.
         row_box, box: the candidates' boxes twice, because `rows` and `columns` want different layouts.
         precedes: bool [32, 32], whether the row's candidate is better than the column's.
-        iou_threshold: boxes suppress each other above this IoU.
+        limit: boxes suppress each other above this IoU.
+        box_is_usual: whether the areas of the boxes are.
     """
-    suppresses = (iou_or_zero(rows(row_box), columns(box)) > iou_threshold) & precedes
+    suppresses = iou_exceeds(rows(row_box), columns(box), limit, box_is_usual) & precedes
     suppressors = tl.sum(suppresses.to(tl.int32) << tl.arange(0, WORD_BITS)[:, None], axis=0)
     return _resolve_word(alive, suppressors)
 
 
 @triton.jit
 def _append_kept(problem, kept_word, keys_ptr):
-    """Append the kept ones of the 32 keys at `keys_ptr` to the image's list."""
+    """Append the kept ones of the 32 keys at `keys_ptr` to the image's list.
+
+    Returns their number, and for each of the 32: whether it is kept, and how many before it are.
+    """
     bit = tl.arange(0, WORD_BITS)
     kept = (kept_word >> bit) & 1
-    # Reserves slots for all that the word keeps. Relaxed: they are read after a launch or a barrier.
-    first_slot = tl.atomic_add(problem.kept_count_ptr, tl.sum(kept), sem="relaxed")
+    num_kept = tl.sum(kept)
     keys = tl.load(keys_ptr + bit, mask=kept > 0, other=0)
-    tl.store(problem.kept_keys_ptr + first_slot + tl.cumsum(kept, 0) - kept, keys, mask=kept > 0)
+    # Reserves slots for all that the word keeps. Relaxed: they are read after a launch or a barrier.
+    first_slot = tl.atomic_add(problem.kept_count_ptr, num_kept, sem="relaxed")
+    before = tl.cumsum(kept, 0) - kept
+    tl.store(problem.kept_keys_ptr + first_slot + before, keys, mask=kept > 0)
+    return num_kept, kept > 0, before
 
 
 @triton.jit
@@ -473,28 +507,37 @@ def _load_candidates(problem, num_anchors, count):
 
 
 @triton.jit
-def _settle_class(problem, count, sizes, iou_threshold, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+def _settle_class(
+    problem, count, sizes, iou_threshold, FINALISTS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """Top-k and NMS of one class; appends the keys of what is kept to the image's list."""
-    count = keep_k_largest(problem.candidates_ptr, count, sizes.topk, NUMBERED_SCORE_TOP_BIT, BLOCK)
+    count = keep_k_largest(problem.candidates_ptr, count, sizes.topk, NUMBERED_SCORE_TOP_BIT, FINALISTS // BLOCK, BLOCK)
+    limit = iou_limit(iou_threshold)
     if count <= WORD_BITS:
         # The candidates of a single word are compared by their keys, which need not be sorted.
         exists, keys, box = _load_candidates(problem, sizes.anchors, count)
         _, row_keys, row_box = _load_candidates(problem, sizes.anchors, count)
-        kept_word = _kept_of_word(exists, row_box, box, row_keys[:, None] > keys[None, :], iou_threshold)
+        precedes = row_keys[:, None] > keys[None, :]
+        kept_word = _kept_of_word(exists, row_box, box, precedes, limit, areas_are_usual(columns(box), limit))
         _append_kept(problem, kept_word, problem.candidates_ptr)
     else:
         _sort_candidates(problem, count, sizes.anchors, AT_ONCE)
-        for word in range(tl.cdiv(count, WORD_BITS)):
-            candidate = word * WORD_BITS + tl.arange(0, WORD_BITS)
+        num_kept = 0
+        for start in range(0, count, WORD_BITS):
+            candidate = start + tl.arange(0, WORD_BITS)
             exists = candidate < count
             box = load_box(problem.sorted_boxes_ptr, candidate, exists)
-            suppressed = _suppressed_by_earlier_words(problem, word, box, iou_threshold, AT_ONCE)
+            is_usual = areas_are_usual(columns(box), limit)
+            suppressed = _suppressed_by_kept(problem, num_kept, box, limit, is_usual, AT_ONCE)
             row_box = load_box(problem.sorted_boxes_ptr, candidate, exists)
             precedes = candidate[:, None] < candidate[None, :]
-            kept_word = _kept_of_word(exists & (suppressed == 0), row_box, box, precedes, iou_threshold)
-            tl.store(problem.kept_words_ptr + word, kept_word)
-            _append_kept(problem, kept_word, problem.sorted_keys_ptr + word * WORD_BITS)
-            # The next word reads which candidates were kept, which another thread stored.
+            kept_word = _kept_of_word(exists & (suppressed == 0), row_box, box, precedes, limit, is_usual)
+            num_new, is_kept, before = _append_kept(problem, kept_word, problem.sorted_keys_ptr + start)
+            # The boxes that are kept move to the front. Another thread may still have to read where they move to.
+            tl.debug_barrier()
+            store_box(problem.sorted_boxes_ptr, num_kept + before, box, is_kept)
+            num_kept += num_new
+            # The next candidates are compared with boxes that another thread moved.
             tl.debug_barrier()
 
 
@@ -524,7 +567,7 @@ def _store_detections(
         first_keys = load_keys(kept_keys_ptr, 0, count, FINALISTS // BLOCK, BLOCK)
         best = largest_key(first_keys, kept_keys_ptr, count)
         limit, _ = limit_between(first_keys, kept_keys_ptr, count, sizes.detections, most, floor, best)
-        count = compact_above(kept_keys_ptr, count, limit, FINALISTS)
+        count = compact_above(kept_keys_ptr, count, limit, FINALISTS // BLOCK, BLOCK)
     tl.store(output.num_detections_ptr + image, tl.minimum(count, sizes.detections))
     pad_keys(kept_keys_ptr, count, AT_ONCE)
     for start in range(0, tl.maximum(count, sizes.detections), BLOCK):
@@ -571,7 +614,7 @@ def _class_kernel(
     class_index, num_foreground, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     problem = _class_problem(class_index, image, num_foreground, scratch, counters, boxes_ptr, sizes)
     listed_ptr = counters.listed_ptr + image * num_foreground
-    _settle_class(problem, tl.load(listed_ptr + class_index), sizes, iou_threshold, FINALISTS, AT_ONCE)
+    _settle_class(problem, tl.load(listed_ptr + class_index), sizes, iou_threshold, FINALISTS, BLOCK, AT_ONCE)
     if _is_last_program(counters.done_ptr + image, num_foreground):
         # An atomic that adds nothing: a load might find an older count in the cache.
         count = tl.atomic_add(counters.kept_ptr + image, 0)
@@ -595,7 +638,7 @@ def _class_kernel(
 @triton.jit
 def _list_all_candidates(
     problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold,
-    HEAD: tl.constexpr, ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, ANCHORS: tl.constexpr, FINALISTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """List the candidates of one class without a cutoff, the k best of them at least; returns their number."""
     listed = 0
@@ -615,7 +658,9 @@ def _list_all_candidates(
         if listed + ANCHORS > sizes.capacity:
             # Other threads stored the last keys of the list.
             tl.debug_barrier()
-            listed = keep_k_largest(problem.candidates_ptr, listed, sizes.topk, NUMBERED_SCORE_TOP_BIT, BLOCK)
+            listed = keep_k_largest(
+                problem.candidates_ptr, listed, sizes.topk, NUMBERED_SCORE_TOP_BIT, FINALISTS // BLOCK, BLOCK
+            )
         candidate = is_candidate.to(tl.int32)
         slot = listed + tl.cumsum(candidate, 0) - candidate
         key = _key_of(score, problem.class_index, anchor, sizes.anchors)
@@ -649,9 +694,9 @@ def _rest_kernel(
     if tl.load(unsettled_ptr + image) != 0:
         problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
         count = _list_all_candidates(
-            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, FINALISTS
+            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, FINALISTS, BLOCK
         )
-        _settle_class(problem, count, sizes, iou_threshold, FINALISTS, AT_ONCE)
+        _settle_class(problem, count, sizes, iou_threshold, FINALISTS, BLOCK, AT_ONCE)
         if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
             # An atomic that adds nothing: a load might find an older count in the cache.
             kept_count = tl.atomic_add(counters.kept_ptr + image, 0)
@@ -675,7 +720,7 @@ def sizes_of(num_anchors: int, num_foreground: int, topk_candidates: int, max_de
     capacity = _padded(min(num_anchors, max(CUTOFF_ANCHORS * max_detections, topk + REST_ANCHORS)))
     # Before anything is kept, the slots hold the anchors that the gathering programs note, two in each.
     kept = _padded(max(num_foreground * topk, triton.cdiv(num_anchors, 2)))
-    return Sizes(num_anchors, capacity, topk, triton.cdiv(topk, WORD_BITS.value), kept, max_detections)
+    return Sizes(num_anchors, capacity, topk, kept, max_detections)
 
 
 def launch_postprocess_detections(
@@ -708,6 +753,7 @@ def launch_postprocess_detections(
         return boxes.zero_(), scores.zero_(), labels.fill_(-1), num_detections.zero_(), anchor_idxs.fill_(-1)
     assert num_foreground * sizes.anchors <= LAST_NUMBER.value, "a candidate's number fits 31 bits"
     assert head.classes * sizes.capacity <= LAST_NUMBER.value, "so does its place among the lists of an image"
+    assert batch * num_foreground <= LAST_NUMBER.value, "so does a class among those of all images"
 
     anchor_scores = AnchorScores(
         empty(torch.float32, batch, sizes.anchors),
@@ -719,7 +765,6 @@ def launch_postprocess_detections(
         empty(torch.int64, batch, num_foreground, sizes.capacity),
         empty(torch.int64, batch, num_foreground, sizes.topk),
         empty(torch.float32, batch, num_foreground, sizes.topk, 4),
-        empty(torch.int32, batch, num_foreground, sizes.words),
         empty(torch.int64, batch, sizes.kept),
     )
     decoded = empty(torch.float32, batch, sizes.anchors, 4)
