@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssdcore.data import DetectionDataset, open_dataset
+
 WIDTH, HEIGHT = 40, 30
 
 Object = tuple[str, Sequence[Any]]  # class name and xyxy
@@ -82,3 +84,15 @@ def truncate(path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_damaged(root: Path) -> DetectionDataset:
+    """Five images with one object each, at x = 1 to 5. Images 1, 2 and 4 cannot be read."""
+    write_voc(root, {"train": {f"{i}": [("cat", (i, 2, 11, 22))] for i in range(1, 6)}})
+    truncate(root / "JPEGImages/2.jpg")
+    write_image(root / "JPEGImages/3.png")
+    (root / "JPEGImages/3.jpg").unlink()
+    (root / "JPEGImages/3.png").write_bytes(b"no image")
+    dataset = open_dataset(root, "train")
+    (root / "JPEGImages/5.jpg").unlink()  # after the dataset was opened
+    return dataset
