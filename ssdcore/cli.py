@@ -218,6 +218,8 @@ def train(
         raise typer.Exit(130) from None
     best = record["epochs"][record["best"] - 1]
     chosen = f"best AP50 on {val_set.split}, {_score(best['val']['AP50'])}" if val_set else "the last"
+    if record["unreadable"]:
+        print(f"{len(record['unreadable'])} images could not be read, others took their place; metrics.json lists them")
     print(f"wrote {output / 'model.safetensors'} (epoch {best['epoch']}: {chosen}), metrics.json and loss.png")
     return record
 

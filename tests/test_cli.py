@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ssdcore import cli
+from ssdcore.data.split import divide
 from ssdcore.models import ssd300_tiny
 from ssdcore.synthetic import SHAPES, make_synthetic
 from ssdcore.weights import load_model, save_weights
@@ -266,11 +267,15 @@ def test_train_divides_a_dataset_without_splits_and_evaluate_sees_the_held_out_i
     data = make_synthetic(tmp_path / "shapes", train=8, val=0, progress=False)
     (data / "annotations/instances_val.json").unlink()
     run = tmp_path / "run"
-    options = ["--epochs", 1, "--batch-size", 4, "--keep-empty", "--device", "cpu", "--workers", 0]
+    damaged = data / divide([f"train/{i:06d}.jpg" for i in range(8)], 0.75, seed=0)[0][0]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    options = ["--epochs", 1, "--batch-size", 3, "--keep-empty", "--device", "cpu", "--workers", 0]
     result = invoke("train", "--data", data, "--output", run, "--split", 0.75, *options)
     assert result.exit_code == 0, result.output
     record = json.loads((run / "metrics.json").read_text())
     assert (record["settings"]["images"], record["settings"]["val_images"]) == (6, 2)
+    assert record["unreadable"] == [f"train/{damaged.name}"]
+    assert "1 images could not be read, others took their place" in result.output
     assert "is divided as" in result.output and str(data / "ssdcore-split.json") in result.output.replace("\n", "")
 
     result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", data, "--split", "val", *options[-4:])

@@ -114,3 +114,6 @@ def test_inspection_tells_contents_modes_and_orientations_apart(tmp_path: Path) 
     assert inspect_image(tmp_path / "a.jpg", (HEIGHT, WIDTH)).size == (HEIGHT, WIDTH)
     with pytest.raises(ValueError, match=r"none\.jpg: cannot be read"):
         inspect_image(tmp_path / "none.jpg")
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.jpg: cannot be read as an image: its format is unknown$"):
+        inspect_image(tmp_path / "text.jpg")

@@ -43,7 +43,9 @@ def test_splits_that_the_file_names_but_the_folder_lacks_are_reported(tmp_path: 
     write_yolo(tmp_path, ROBOFLOW, {"a": "0 0.5 0.5 0.2 0.2"})
     write_yolo(tmp_path, ROBOFLOW, {"b": "0 0.5 0.5 0.2 0.2"}, "valid/images")
     assert available_splits(tmp_path) == ["train", "val"]
-    assert open_dataset(tmp_path, "val").problems == ["data.yaml: test: ../test/images does not exist"]
+    assert open_dataset(tmp_path, "val").problems == []  # Roboflow names a test split always
+    (tmp_path / "valid").rename(tmp_path / "validation")
+    assert open_dataset(tmp_path, "train").problems == ["data.yaml: val: ../valid/images does not exist"]
     with pytest.raises(ValueError, match=r"has no split in .*: data\.yaml: train: elsewhere does not exist"):
         write_yolo(tmp_path, "train: elsewhere\nnames: [red]", {})
         available_splits(tmp_path)
@@ -95,7 +97,7 @@ def test_unusable_lines_are_dropped_and_reported(tmp_path: Path) -> None:
     write_yolo(tmp_path, ROBOFLOW, {"a": "\n".join(lines), "b": "0 0.5 0.5 0.2 0.2"})
     dataset = open_dataset(tmp_path, "train")
     assert len(dataset.target(0)["labels"]) == 0
-    problems = [line for line in dataset.problems if "does not exist" not in line]
+    problems = [line for line in dataset.problems if "valid/images does not exist" not in line]
     assert [line.split(":")[:2] for line in problems] == [["train/labels/a.txt", f" line {i}"] for i in range(1, 6)]
     reasons = ("expected 5 numbers", "expected 5 numbers", "no name for class 7", "has no area", "expected 5 numbers")
     assert all(reason in line for line, reason in zip(problems, reasons, strict=True))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -97,4 +97,6 @@ def _to_rgb(file: Image.Image, size: tuple[int, int] | None) -> Image.Image:
 
 
 def _cannot_be_read(path: str | Path, error: Exception) -> str:
-    return f"{path}: cannot be read as an image: {error}"
+    # Pillow's own message would name the memory address of the bytes.
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    return f"{path}: cannot be read as an image: {reason}"

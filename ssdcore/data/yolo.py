@@ -44,11 +44,14 @@ def find(root: Path) -> dict[str, Reader]:
     if not declared:
         return {"all": partial(_read, root, source, names, [root], [])}
     places = {split: _places(root, source, content.get("path"), split, entry) for split, entry in declared.items()}
-    # Roboflow's file names every split, also those that an export does not have.
-    absent = [f"{source.name}: {split}: {declared[split]} does not exist" for split in places if not places[split]]
+    absent = {
+        split: f"{source.name}: {split}: {declared[split]} does not exist" for split in places if not places[split]
+    }
     if len(absent) == len(declared):
-        raise ValueError(f"{source} has no split in {root}: {'; '.join(absent)}")
-    return {split: partial(_read, root, source, names, found, absent) for split, found in places.items() if found}
+        raise ValueError(f"{source} has no split in {root}: {'; '.join(absent.values())}")
+    absent.pop("test", None)  # Roboflow's file names it always, also where an export does not have it
+    problems = list(absent.values())
+    return {split: partial(_read, root, source, names, found, problems) for split, found in places.items() if found}
 
 
 def _find_yaml(root: Path) -> Path | None:
