@@ -161,3 +161,13 @@ def test_a_ground_truth_of_other_images_raises_an_error() -> None:
         model.ground_truth(
             images, [targets_of(1)[0], {"boxes": torch.ones(1, 4).cumsum(1), "labels": torch.tensor([0])}]
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip_before_nms", [True, False])
+def test_the_postprocess_compiles_alone(clip_before_nms: bool) -> None:
+    model = new_model().eval()
+    model.clip_before_nms = clip_before_nms
+    maps = model.predict(torch.rand(2, 3, 300, 300))
+    for found, expected in zip(compiled(model.postprocess)[0](*maps), model.postprocess(*maps), strict=True):
+        assert torch.equal(found, expected)

@@ -314,7 +314,8 @@ class SSD(nn.Module):
             topk_candidates=self.topk_candidates,
             max_detections=self.max_detections,
         )
-        return found._replace(boxes=(found.boxes - border).clamp(0, size)) if border else found
+        # Not `_replace`, because PyTorch 2.11 fails to compile a function that returns what it made.
+        return Detections((found.boxes - border).clamp(0, size), *found[1:]) if border else found
 
     def detections(self, cls_logits: list[Tensor], box_deltas: list[Tensor], sizes: Tensor) -> list[DetectedObjects]:
         """Return the detected objects of each image in pixels of the original image.
