@@ -22,6 +22,14 @@ SERIAL_ELEMENTS = 2**16
 EXACT = {"enable_fp_fusion": False}
 
 
+def registers(limit: int) -> dict[str, int]:
+    """The option of a launch that a thread gets at most `limit` registers.
+
+    Without it, ptxas may stay below a number of its own choice and spill a few bytes. AMD's backend has no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": limit}
+
+
 def exp(x: Tensor) -> Tensor:
     """e to the power of `x`, in the calling thread if `x` is small.
 

@@ -50,12 +50,13 @@ from ssdcore.kernels.device.head import (
 )
 from ssdcore.kernels.device.selection import bounds_of_k_largest, limit_between, load_keys
 from ssdcore.kernels.levels import empty_like_levels
-from ssdcore.kernels.rules import EXACT
+from ssdcore.kernels.rules import EXACT, registers
 
 NAN_KEY = Constant(0x7FFFFFFF)  # mining key of a NaN, which is the hardest of all
 POSITIVE_KEY = Constant(-1)  # below the key of every candidate, because positives are not mined
 
 MINING_TILE = 1024  # keys of an image in a tile: 2 per thread at sixteen warps
+MINING_REGISTERS = 128  # of a thread at most, all there are at sixteen warps
 MINING_TILES = (2, 4, 9, 16)  # how many tiles may stay in registers; 9 hold SSD300's 8732 keys
 BATCH_BLOCK = 128  # images reduced at once
 GRADIENT_ANCHORS = 64  # anchors per program of the backward: with fewer, programs start and end faster than they write
@@ -543,6 +544,7 @@ def launch_multibox_loss(
             TILES=mining_tiles(num_anchors),
             TILE=MINING_TILE,
             num_warps=16,
+            **registers(MINING_REGISTERS),
             **EXACT,
         )
     _reduce_kernel[(1,)](

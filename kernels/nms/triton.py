@@ -63,12 +63,11 @@ from ssdcore.kernels.device.boxmath import (
     store_box,
 )
 from ssdcore.kernels.device.constant import Constant
-from ssdcore.kernels.rules import EXACT, round_down, sort_key
+from ssdcore.kernels.rules import EXACT, registers, round_down, sort_key
 
 BLOCK_ROWS = 128  # rows per program: one per thread at four warps, so that a row's bits stay in its thread
 WARPS = BLOCK_ROWS // 32  # of a program: one per word of bits
-# Without a limit, ptxas stays below 96 registers and spills up to 24 bytes. AMD's backend knows no such limit.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 128}  # 128: four programs per multiprocessor
+REGISTERS = 128  # of a thread at most: four programs per multiprocessor
 COLLECT_BLOCK = 4096  # rows collected at once: 8 per thread at sixteen warps, three steps at 8732
 MARGIN = Constant(2.0**-18)  # of a box's area; rounding errors of a decision add up to less than a quarter of it
 LEAST_AREA, LARGEST_AREA = Constant(2.0**-80), Constant(2.0**100)  # between them no product underflows or overflows
@@ -652,7 +651,7 @@ def launch_batched_nms_padded(
         BLOCK=BLOCK_ROWS,
         WARPS=WARPS,
         num_warps=WARPS,
-        **REGISTERS,
+        **registers(REGISTERS),
         **EXACT,
     )
     output = torch.empty(batch, max_output, dtype=torch.int64, device=device)

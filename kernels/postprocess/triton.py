@@ -86,10 +86,11 @@ from ssdcore.kernels.device.selection import (
     pad_keys,
     rank_descending,
 )
-from ssdcore.kernels.rules import EXACT, round_down
+from ssdcore.kernels.rules import EXACT, registers, round_down
 
 CUTOFF_ANCHORS = 8  # at most so many anchors above the cutoff per wanted detection, at least half as many
 GATHER_PROGRAMS = 288  # of all images together, about two per multiprocessor of an H200
+GATHER_REGISTERS = 80  # of a thread at most: three programs per multiprocessor, so that all run at once
 GATHER_BLOCK = 512  # anchors decoded at once, two per thread at eight warps; more would cost registers
 GATHER_SELECT_BLOCK = 9216  # keys of anchors in registers, 36 per thread at eight warps: all of SSD300
 SELECT_BLOCK = 1024  # keys of a class or an image in registers, 8 per thread at four warps
@@ -872,5 +873,6 @@ def _launch_gathering(
         SELECT_BLOCK=GATHER_SELECT_BLOCK,
         TILE=max(1, tile_anchors(head.classes) // 2),
         num_warps=8,
+        **registers(GATHER_REGISTERS),
         **EXACT,
     )
