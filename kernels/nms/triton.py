@@ -222,7 +222,7 @@ def _estimate_suppressors(boxes_ptr, tile, begin, num_boxes, rule, BLOCK: tl.con
         # The sign becomes the lowest bit.
         apart = (apart << 1) | (excess.to(tl.uint32, bitcast=True) >> 31)
         nearest = tl.minimum(nearest, tl.abs(excess), propagate_nan=tl.PropagateNan.ALL)
-    words = tl.permute((~apart).to(tl.int32, bitcast=True), (1, 0, 2))
+    words = tl.permute(~apart.to(tl.int32, bitcast=True), (1, 0, 2))
     return tl.reshape(words, (BLOCK // WORD_BITS, BLOCK)), _in_doubt(nearest, share, rule)
 
 
