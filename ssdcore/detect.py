@@ -1,73 +1,77 @@
 """Run a trained model on images: on a dataset to score the model, or on image files to look at the result."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ssdcore.data import DetectionDataset, read_rgb
 from ssdcore.models import SSD
-from ssdcore.objects import DetectedObjects
-from ssdcore.transforms import collate, eval_transform
+from ssdcore.objects import DetectedObjects, Target
+from ssdcore.stopwatch import Stopwatch
+from ssdcore.transforms import eval_transform
+from ssdcore.views import detect_batch
 
 BATCH_SIZE = 16  # images; a larger batch is no faster on a CPU, and a GPU waits for the image decoding in any case
 
 
-@torch.inference_mode()
-def detect_batch(model: SSD, images: Tensor, sizes: Tensor) -> list[DetectedObjects]:
-    """Detect objects in a batch that `eval_transform` resized.
-
-    Args:
-        model: in eval mode.
-        images: float [B, 3, S, S], RGB in 0..1, on any device.
-        sizes: [B, 2] height and width of the original images in pixels, on the CPU.
-
-    Returns:
-        For each image a dict of `boxes` [K, 4] xyxy in pixels of the original image, `labels` [K] and `scores` [K],
-        sorted by descending score, on the CPU.
-    """
-    device = model.anchors.device
-    detected_in_batch = model(images.to(device, non_blocking=True, memory_format=torch.channels_last))
-    scales = sizes[:, [1, 0, 1, 0]] / model.anchor_config.image_size  # [B, 4]
-    return [
-        {name: tensor.cpu() for name, tensor in detected.items()} | {"boxes": detected["boxes"].cpu() * scale}
-        for detected, scale in zip(detected_in_batch, scales, strict=True)
-    ]
-
-
 def detect_dataset(
-    model: SSD, dataset: DetectionDataset, *, workers: int = 0, quiet: bool = False
+    models: SSD | Sequence[SSD],
+    dataset: DetectionDataset,
+    *,
+    flip: bool = False,
+    workers: int = 0,
+    quiet: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> dict[int, DetectedObjects]:
     """Detect objects in every image of a dataset.
 
-    In an image that cannot be read, nothing is detected, unless the dataset is `strict`. Then it is an error.
+    Images are resized as in training, for each model to its own size. What several models detect, or one model in
+    mirror images, is averaged as `ssdcore.views.merge` describes. In an image that cannot be read, nothing is
+    detected, unless the dataset is `strict`. Then it is an error.
 
     Args:
-        model: on any device; it is switched to eval mode and left there.
-        dataset: its transform is replaced by `eval_transform` during the call and restored afterwards, also
-            after an error.
+        models: one model, or several with the same classes on the same device. They are switched to eval mode and left
+            there.
+        dataset: its transform is replaced during the call and restored afterwards, also after an error.
+        flip: whether each model also sees the mirror images.
         workers: processes that read the images; 0 reads them in this process.
         quiet: show no progress bar.
+        stopwatch: counts the parts `reading` (waiting for images that are decoded and resized), `network` and
+            `postprocess`.
 
     Returns:
         The detected objects by `image_id`, as `evaluate_detections` takes them.
+
+    Raises:
+        ValueError: there is no model, or the models have different numbers of classes.
     """
-    model.eval()
-    loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
-    detected_by_image_id: dict[int, DetectedObjects] = {}
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    if len({model.num_classes for model in models}) != 1:
+        raise ValueError(
+            "models must be at least one and have the same number of classes, "
+            f"got {[model.num_classes for model in models]}"
+        )
+    for model in models:
+        model.eval()
+    stopwatch = stopwatch or Stopwatch(models[0].anchors.device)
+    loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=_collate_sizes)
     # Not the position in the loader: if the dataset is not strict, an item may be another image.
     size_of = {image_id: dataset.image_size(i) for i, image_id in enumerate(dataset.image_ids.tolist())}
-    transform, dataset.transform = dataset.transform, eval_transform(model.anchor_config.image_size)
+    detected_by_image_id: dict[int, DetectedObjects] = {}
+    transform, dataset.transform = dataset.transform, _AtSizes(model.anchor_config.image_size for model in models)
     try:
-        for images, targets in tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet):
-            sizes = torch.tensor([size_of[target["image_id"]] for target in targets])
-            for target, detected in zip(targets, detect_batch(model, images, sizes), strict=True):
-                detected_by_image_id[target["image_id"]] = detected
+        batches = tqdm(loader, desc=f"detecting in {dataset.split}", unit="batch", disable=quiet)
+        for images, image_ids in stopwatch.waits("reading", batches):
+            sizes = torch.tensor([size_of[image_id] for image_id in image_ids])
+            detected_in_batch = detect_batch(models, images, sizes, flip=flip, stopwatch=stopwatch)
+            detected_by_image_id |= zip(image_ids, detected_in_batch, strict=True)
     finally:
         dataset.transform = transform
     return detected_by_image_id
@@ -105,6 +109,23 @@ def detect_files(
             if photographs:
                 images = torch.stack([transform(F.to_image(image), {})[0] for _, image in photographs])
                 sizes = torch.tensor([(image.height, image.width) for _, image in photographs])
-                detected_in_batch = detect_batch(model, images, sizes)
+                detected_in_batch = detect_batch([model], {model.anchor_config.image_size: images}, sizes)
                 for (path, image), detected in zip(photographs, detected_in_batch, strict=True):
                     yield path, image, detected
+
+
+class _AtSizes:
+    """A transform that gives an image at several sizes, as a dict by size. The target stays in pixels of the image."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.resize = {size: eval_transform(size) for size in sizes}
+
+    def __call__(self, image: Any, target: Target) -> tuple[dict[int, Tensor], Target]:
+        return {size: resize(image, {})[0] for size, resize in self.resize.items()}, target
+
+
+def _collate_sizes(batch: Sequence[tuple[dict[int, Tensor], Target]]) -> tuple[dict[int, Tensor], list[int]]:
+    """The images of each size [B, 3, S, S], and the ids of the images."""
+    images, targets = zip(*batch, strict=True)
+    batches = {size: torch.stack([image[size] for image in images]) for size in images[0]}
+    return batches, [target["image_id"] for target in targets]

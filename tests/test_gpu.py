@@ -26,6 +26,8 @@ def test_a_model_trains_resumes_and_detects_on_the_gpu(tmp_path: Path) -> None:
     assert again == record
     model, _ = load_model(tmp_path / "run" / "model.safetensors", "cuda")
     assert set(detect_dataset(model, val_set, quiet=True)) == set(val_set.image_ids.tolist())
+    averaged = detect_dataset([model, model], val_set, flip=True, quiet=True)
+    assert set(averaged) == set(val_set.image_ids.tolist())
 
 
 def test_vgg_trains_in_bf16(tmp_path: Path) -> None:
