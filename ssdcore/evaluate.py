@@ -17,7 +17,7 @@ from torchvision.ops import box_iou
 from ssdcore.data import DetectionDataset
 from ssdcore.objects import DetectedObjects, Target
 
-__all__ = ["evaluate_detections", "to_coco_results", "voc_average_precision"]
+__all__ = ["coco_evaluation", "evaluate_detections", "to_coco_results", "voc_average_precision"]
 
 VOC_MIN_IOU = 0.5  # VOC devkit, VOCopts.minoverlap
 COCO_METRICS = (  # in the order of COCOeval.stats
@@ -62,7 +62,7 @@ def evaluate_detections(
         ValueError: `detections` has an image that the dataset lacks, a tensor of the wrong shape, a label outside
             1..n, or a value that is not finite.
     """
-    _check(dataset, detections)
+    check_detections(dataset, detections)
     results = _coco_metrics(dataset, detections, quiet) | _voc_metrics(dataset, detections)
     if not quiet:
         means = (f"{name} {results[name]:.3f}" for name in ("VOC07", "VOC12") if results[name] is not None)
@@ -99,6 +99,19 @@ def to_coco_results(
     ]
 
 
+def coco_evaluation(dataset: DetectionDataset, detections: Mapping[int, DetectedObjects]) -> Any:
+    """Return pycocotools' COCOeval of a dataset and the objects that were detected in it, before its `evaluate`.
+
+    The ids of the detected objects count from 1 in the order of `detections`, those of the annotated objects from 1 in
+    the order of the dataset. The arguments are those of `evaluate_detections`, and are not checked.
+    """
+    results = to_coco_results(dataset, detections)
+    for result in results:
+        result |= {"area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCOeval(_coco(dataset, _coco_annotations(dataset)), _coco(dataset, results), "bbox")
+
+
 def voc_average_precision(recall: np.ndarray, precision: np.ndarray, eleven_point: bool) -> float:
     """Compute the average precision of one class as the Pascal VOC devkit defines it.
 
@@ -122,7 +135,8 @@ def voc_average_precision(recall: np.ndarray, precision: np.ndarray, eleven_poin
     return float(np.sum(np.diff(recall, prepend=0.0) * highest_from_here))
 
 
-def _check(dataset: DetectionDataset, detections: Mapping[int, DetectedObjects]) -> None:
+def check_detections(dataset: DetectionDataset, detections: Mapping[int, DetectedObjects]) -> None:
+    """Raise the errors that `evaluate_detections` names."""
     unknown = set(detections) - set(dataset.image_ids.tolist())
     if unknown:
         raise ValueError(f"detections must be of the dataset's images, got image_id {min(unknown)}, which it lacks")
@@ -142,12 +156,8 @@ def _check(dataset: DetectionDataset, detections: Mapping[int, DetectedObjects])
 
 
 def _coco_metrics(dataset: DetectionDataset, detections: Mapping[int, DetectedObjects], quiet: bool) -> dict[str, Any]:
-    results = to_coco_results(dataset, detections)
-    for result in results:
-        result |= {"area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-
+    evaluation = coco_evaluation(dataset, detections)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(dataset, _coco_annotations(dataset)), _coco(dataset, results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
