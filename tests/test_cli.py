@@ -1,5 +1,8 @@
 """The command line, from a dataset to pictures, on a dataset that is too small to learn from."""
 
+import contextlib
+import copy
+import io
 import json
 import os
 import subprocess
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +18,16 @@ pytest.importorskip("torchvision")
 pytest.importorskip("typer")
 
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from small_datasets import coco_content, voc_xml, write_coco, write_image, write_voc, write_yolo
 from typer.testing import CliRunner
 
 from ssdcore import cli
+from ssdcore.data import DetectionDataset
 from ssdcore.data.split import divide
 from ssdcore.models import ssd300_tiny
+from ssdcore.stopwatch import Stopwatch
 from ssdcore.synthetic import SHAPES, make_synthetic
 from ssdcore.weights import load_model, save_weights
 
@@ -52,13 +61,138 @@ def test_train_and_evaluate_write_their_files(shapes: Path, tmp_path: Path) -> N
 
     result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", shapes, "--split", "val", *options)
     assert result.exit_code == 0, result.output
+    assert {path.name for path in (run / "val").iterdir()} == {"metrics.json", "detections.json", "report.html"}
+    assert (
+        "<h2>Training</h2>" in (run / "val" / "report.html").read_text()
+    )  # the record of the run lies beside the weights
     metrics = json.loads((run / "val" / "metrics.json").read_text())
+    assert list(metrics["speed"]["seconds"]) == ["reading", "network", "postprocess", "scoring"]
+    assert all(seconds > 0 for seconds in metrics["speed"]["seconds"].values())
+    assert metrics["settings"]["models"][0]["image_size"] == 300 and metrics["environment"]["torch"]
     assert metrics["images"] == 4 and {"AP", "AP50", "AP75", "VOC07"} <= metrics.keys()
     assert set(metrics["AP50_per_class"]) == set(SHAPES)
     assert json.loads((run / "metrics.json").read_text())["best"] == 1  # evaluate did not replace the record of the run
 
+    weights = run / "model.safetensors"
+    result = invoke("evaluate", "--weights", weights, "--data", shapes, "--split", "val", "--output", run, *options)
+    assert isinstance(result.exception, ValueError) and "the record of a run, would be lost" in str(result.exception)
+
     result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, *options)
     assert isinstance(result.exception, ValueError) and "contains a run already" in str(result.exception)
+
+
+def write_layout(layout: str, root: Path) -> None:
+    """Writes a split `test` of one image with a dog, in one of the layouts."""
+    if layout == "coco":
+        content = coco_content()
+        content["categories"], content["annotations"] = content["categories"][:1], content["annotations"][:1]
+        content["images"] = content["images"][:1]
+        write_coco(root, content, images="test", source="annotations/instances_test.json")
+    elif layout == "yolo":
+        write_yolo(root, "test: test/images\nnames: [dog]", {"a": "0 0.5 0.5 0.2 0.2"}, "test/images")
+    elif layout == "voc":
+        write_voc(root, {"test": {"a": [("dog", (1, 2, 11, 22))]}})
+    else:
+        for split in ("train", "test"):
+            write_image(root / split / "a.jpg")
+            (root / split / "a.xml").write_text(voc_xml([("dog", (1, 2, 11, 22))]))
+
+
+@pytest.mark.parametrize("layout", ["coco", "yolo", "voc", "xml"])
+def test_evaluate_reads_every_layout(layout: str, tmp_path: Path) -> None:
+    write_layout(layout, tmp_path / "data")
+    torch.manual_seed(0)
+    save_weights(ssd300_tiny(2), tmp_path / "model.safetensors", ["dog"])
+    options = ["--data", tmp_path / "data", "--device", "cpu", "--workers", 0]
+    result = invoke("evaluate", "--weights", tmp_path / "model.safetensors", *options)
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "test"
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["images"] == 1 and list(metrics["AP_per_class"]) == ["dog"] and metrics["AR100"] is not None
+    category = {"coco": 18, "yolo": 0}.get(layout, 1)
+    assert {result["category_id"] for result in json.loads((output / "detections.json").read_text())} == {category}
+    assert "ssd300_tiny on test" in (output / "report.html").read_text()
+
+
+def almost_right(
+    _: object, dataset: DetectionDataset, *, stopwatch: Stopwatch, **options: object
+) -> dict[int, dict[str, torch.Tensor]]:
+    """In place of what an untrained model detects: each object three times, moved by some pixels, with any label."""
+    generator = torch.Generator().manual_seed(0)
+    detections = {}
+    for index in stopwatch.waits("reading", range(len(dataset))):
+        target = dataset.target(index)
+        boxes = target["boxes"].as_subclass(torch.Tensor).repeat(3, 1)
+        boxes += 4 * torch.randn(boxes.shape, generator=generator)
+        labels = torch.where(torch.rand(len(boxes), generator=generator) < 0.8, target["labels"].repeat(3), 1)
+        scores = torch.rand(len(boxes), generator=generator)
+        detections[target["image_id"]] = {"boxes": boxes, "labels": labels, "scores": scores}
+    return detections
+
+
+COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def test_metrics_equal_those_of_pycocotools_and_torchvision_on_the_written_file(
+    monkeypatch: pytest.MonkeyPatch, weights: Path, tmp_path: Path
+) -> None:
+    """pycocotools scores all images at once.
+
+    The evaluator of torchvision's references scores the images batch by batch, and puts the results together.
+    """
+    data = make_synthetic(tmp_path / "shapes", train=1, val=30, progress=False)
+    monkeypatch.setattr("ssdcore.detect.detect_dataset", almost_right)
+    cli.evaluate([weights], data, split="val", output=tmp_path, device="cpu", workers=0)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    results = json.loads((tmp_path / "detections.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(data / "annotations" / "instances_val.json"))
+        whole = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
+        whole.evaluate()
+        whole.accumulate()
+        whole.summarize()
+
+        batched = COCOeval(truth, iouType="bbox")
+        image_ids, parts = truth.getImgIds(), []
+        for first in range(0, len(image_ids), 4):
+            batch = image_ids[first : first + 4]
+            batched.params.imgIds = batch
+            of_batch = [result for result in results if result["image_id"] in batch]
+            batched.cocoDt = truth.loadRes(of_batch) if of_batch else COCO()
+            batched.evaluate()
+            categories, areas = len(batched.params.catIds), len(batched.params.areaRng)
+            parts.append(np.asarray(batched.evalImgs, dtype=object).reshape(categories, areas, len(batch)))
+        batched.evalImgs = np.concatenate(parts, axis=2).flatten().tolist()
+        batched.params.imgIds = image_ids
+        batched._paramsEval = copy.deepcopy(batched.params)
+        batched.accumulate()
+        batched.summarize()
+    assert 0.1 < metrics["AP"] < 0.9
+    ours = [-1 if metrics[name] is None else metrics[name] for name in COCO_NAMES]
+    assert ours == whole.stats.tolist() == batched.stats.tolist()
+
+
+def test_evaluate_averages_models_and_mirror_images(weights: Path, shapes: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    save_weights(ssd300_tiny(4), tmp_path / "other.safetensors", SHAPES)
+    both = ["--weights", weights, "--weights", tmp_path / "other.safetensors"]
+    options = ["--data", shapes, "--split", "val", "--device", "cpu", "--workers", 0]
+    scores = []
+    for name, arguments in {"one": both[:2], "flip": [*both[:2], "--flip"], "both": both}.items():
+        result = invoke("evaluate", *arguments, *options, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        detections = json.loads((tmp_path / name / "detections.json").read_text())
+        scores.append([detection["score"] for detection in detections])
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["settings"]["flip"] == (name == "flip")
+        assert len(metrics["weights"]) == len(metrics["settings"]["models"]) == (2 if name == "both" else 1)
+    assert scores[0] != scores[1] and scores[0] != scores[2]
+
+    save_weights(ssd300_tiny(4), tmp_path / "swapped.safetensors", SHAPES[::-1])
+    result = invoke("evaluate", *both[:2], "--weights", tmp_path / "swapped.safetensors", *options)
+    assert isinstance(result.exception, ValueError) and "must be the same and in the same order" in str(
+        result.exception
+    )
 
 
 def test_detect_draws_and_writes_coco_results(weights: Path, shapes: Path, tmp_path: Path) -> None:
