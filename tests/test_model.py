@@ -249,7 +249,8 @@ def test_a_file_keeps_the_postprocess_and_an_old_one_means_the_defaults(tmp_path
     path = tmp_path / "model.safetensors"
     model = ssd300_tiny(2)
     defaults = {name: getattr(model, name) for name in POSTPROCESS_FIELDS}
-    settings = {"score_threshold": 0.3, "iou_threshold": 0.6, "topk_candidates": 70, "max_detections": 9}
+    settings: dict[str, float] = {"score_threshold": 0.3, "iou_threshold": 0.6, "topk_candidates": 70}
+    settings |= {"max_detections": 9, "clip_before_nms": False}
     for name, value in settings.items():
         setattr(model, name, value)
     save_weights(model, path, ["a"])
