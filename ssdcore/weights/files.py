@@ -129,10 +129,23 @@ def is_own(path: str | Path) -> bool:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: an interruption leaves the old file in place."""
+    """Write a file as a whole or not at all: an interruption or a full disk leaves the old file in place.
+
+    Raises:
+        OSError: the file cannot be written. The message names it.
+    """
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power failure could leave the new name with an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{error.strerror or error}: cannot write {len(content):,} bytes to {path}"
+        ) from error
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
