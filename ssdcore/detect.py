@@ -25,12 +25,13 @@ def detect_dataset(
     models: SSD | Sequence[SSD],
     dataset: DetectionDataset,
     *,
+    indices: Sequence[int] | None = None,
     flip: bool = False,
     workers: int = 0,
     quiet: bool = False,
     stopwatch: Stopwatch | None = None,
 ) -> dict[int, DetectedObjects]:
-    """Detect objects in every image of a dataset.
+    """Detect objects in the images of a dataset.
 
     Images are resized as in training, for each model to its own size. What several models detect, or one model in
     mirror images, is averaged as `ssdcore.views.merge` describes. In an image that cannot be read, nothing is
@@ -40,6 +41,7 @@ def detect_dataset(
         models: one model, or several with the same classes on the same device. They are switched to eval mode and left
             there.
         dataset: its transform is replaced during the call and restored afterwards, also after an error.
+        indices: the images to look at; by default all.
         flip: whether each model also sees the mirror images.
         workers: processes that read the images; 0 reads them in this process.
         quiet: show no progress bar.
@@ -61,7 +63,8 @@ def detect_dataset(
     for model in models:
         model.eval()
     stopwatch = stopwatch or Stopwatch(models[0].anchors.device)
-    loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=_collate_sizes)
+    sampler = range(len(dataset)) if indices is None else indices
+    loader = DataLoader(dataset, BATCH_SIZE, sampler=sampler, num_workers=workers, collate_fn=_collate_sizes)
     # Not the position in the loader: if the dataset is not strict, an item may be another image.
     size_of = {image_id: dataset.image_size(i) for i, image_id in enumerate(dataset.image_ids.tolist())}
     detected_by_image_id: dict[int, DetectedObjects] = {}
