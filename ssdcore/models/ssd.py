@@ -8,7 +8,7 @@ torchvision's `ssd300_vgg16` gives them, so that its weights, its training scrip
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,7 @@ class SSD(nn.Module):
             after it. It may be changed at any time.
         min_negatives: argument of `multibox_loss`. The default is 0 as in the paper, so that an image without objects
             does not contribute to the loss.
+        normalizer: argument of `multibox_loss`. The default is "batch" as in the paper; NVIDIA's SSD has "image".
 
     Raises:
         ValueError: `num_classes` is less than 2; or the backbone has another number of feature maps than `anchors`.
@@ -134,6 +135,7 @@ class SSD(nn.Module):
         self.max_detections = 200
         self.clip_before_nms = True
         self.min_negatives = 0
+        self.normalizer: Literal["batch", "image"] = "batch"
         self.category_ids = tuple(range(1, num_classes))
         self.classes = tuple(map(str, self.category_ids))
 
@@ -293,6 +295,7 @@ class SSD(nn.Module):
             truths.offsets,
             self.anchors,
             min_negatives=self.min_negatives,
+            normalizer=self.normalizer,
         )._asdict()
 
     def postprocess(self, cls_logits: list[Tensor], box_deltas: list[Tensor]) -> Detections:
