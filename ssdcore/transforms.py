@@ -59,13 +59,13 @@ def train_transform(size: int = 300) -> Transform:
             # lost, because the smallest patch still has `size` pixels per side.
             _ShrinkToFit(math.ceil(size / MIN_PATCH_SCALE)),
             v2.RandomZoomOut(fill=fill, side_range=(1.0, MAX_ZOOM_OUT), p=0.5),
-            _RandomPatch(min_scale=MIN_PATCH_SCALE, trials=PATCH_TRIALS),
+            RandomPatch(min_scale=MIN_PATCH_SCALE, trials=PATCH_TRIALS),
             v2.Resize((size, size)),
             v2.RandomHorizontalFlip(p=0.5),
             v2.RandomPhotometricDistort(p=0.5),
             v2.ToDtype(torch.float32, scale=True),
             v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes would drop boxes that extend beyond the image
-            v2.SanitizeBoundingBoxes(labels_getter=_per_object),
+            v2.SanitizeBoundingBoxes(labels_getter=per_object),
             v2.ToPureTensor(),
         ]
     )
@@ -108,7 +108,7 @@ class _ShrinkToFit(v2.Transform):
         return F.resize(inpt, [self.limit]) if params["shrink"] else inpt
 
 
-class _RandomPatch(v2.RandomIoUCrop):
+class RandomPatch(v2.RandomIoUCrop):
     """torchvision's RandomIoUCrop, ten times faster, with the same distribution of patches.
 
     All trials for one minimum IoU are drawn and checked together. An image without boxes stays whole, while in
@@ -153,7 +153,7 @@ class _RandomPatch(v2.RandomIoUCrop):
                 }
 
 
-def _per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, Tensor]:
+def per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, Tensor]:
     """The tensors from which SanitizeBoundingBoxes removes the dropped objects, besides the boxes."""
     _, target = inputs
     return target["labels"], target["ignore"]

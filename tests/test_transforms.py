@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ssdcore.transforms import _RandomPatch, collate, eval_transform, train_transform
+from ssdcore.transforms import RandomPatch, collate, eval_transform, train_transform
 
 SIZE = 100
 WHITE, RED = 1, 2  # labels, by the colour of the object
@@ -136,7 +136,7 @@ def test_patches_have_the_distribution_of_torchvisions(min_iou: float) -> None:
     image, target = make_sample([[30, 20, 130, 110], [0, 0, 30, 30]])
     draws = 300
     patches: dict[type, Tensor] = {}
-    for kind, seed in ((_RandomPatch, 0), (v2.RandomIoUCrop, 1)):
+    for kind, seed in ((RandomPatch, 0), (v2.RandomIoUCrop, 1)):
         torch.manual_seed(seed)
         crop = kind(sampler_options=[min_iou])
         all_params = [crop.make_params([image, target["boxes"]]) for _ in range(draws)]
@@ -144,7 +144,7 @@ def test_patches_have_the_distribution_of_torchvisions(min_iou: float) -> None:
             [[p["left"], p["top"], p["width"], p["height"], *p["is_within_crop_area"].tolist()] for p in all_params],
             dtype=torch.float32,
         )
-    actual, expected = patches[_RandomPatch], patches[v2.RandomIoUCrop]
+    actual, expected = patches[RandomPatch], patches[v2.RandomIoUCrop]
     error = (actual.var(0) / draws + expected.var(0) / draws).sqrt() + 1e-6
     assert ((actual.mean(0) - expected.mean(0)).abs() < 4 * error).all()
     spread = (actual.std(0) / expected.std(0))[:4]
