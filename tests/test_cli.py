@@ -24,6 +24,7 @@ from small_datasets import coco_content, voc_xml, write_coco, write_image, write
 from typer.testing import CliRunner
 
 from ssdcore import cli
+from ssdcore.cli import training
 from ssdcore.data import DetectionDataset
 from ssdcore.data.split import divide
 from ssdcore.models import ssd300_tiny
@@ -265,13 +266,13 @@ def test_training_starts_from_given_weights(shapes: Path, tmp_path: Path) -> Non
 def test_splits_default_to_trainval_alone_or_to_train_with_val(
     splits: list[str], given: tuple[Any, Any], expected: tuple[str, str | None]
 ) -> None:
-    assert cli._choose_splits(splits, *given) == expected
+    assert training._choose_splits(splits, *given) == expected
 
 
 @pytest.mark.parametrize("val_split", ["test", "test2017", "Test"])
 def test_the_test_split_cannot_choose_the_weights(val_split: str) -> None:
     with pytest.raises(ValueError, match="val-split must not be"):
-        cli._choose_splits(["test", "train", "trainval", "val"], "train", val_split)
+        training._choose_splits(["test", "train", "trainval", "val"], "train", val_split)
 
 
 def test_training_images_cannot_choose_the_weights(shapes: Path, tmp_path: Path) -> None:
@@ -420,14 +421,14 @@ def test_train_divides_a_dataset_without_splits_and_evaluate_sees_the_held_out_i
     (data / "ssdcore-split.json").rename(run / "ssdcore-split.json")
     result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", data, "--split", "val", *options[-4:])
     assert result.exit_code == 0, result.output
-    train_set, val_set = cli._open_train_and_val(data, None, None, run)
+    train_set, val_set = training._open_train_and_val(data, None, None, run)
     assert val_set is not None and (len(train_set), len(val_set)) == (6, 2)
 
 
 def test_a_single_split_of_another_name_must_be_given_or_divided() -> None:
     with pytest.raises(ValueError, match=r"train-split must be given, because the only split is all; .*--split 0\.8"):
-        cli._choose_splits(["all"], None, None)
-    assert cli._choose_splits(["all"], "all", None) == ("all", None)
+        training._choose_splits(["all"], None, None)
+    assert training._choose_splits(["all"], "all", None) == ("all", None)
 
 
 class Fitted(Exception):

@@ -1,4 +1,4 @@
-"""Training leaves the promised files, resumes to the last bit, and stops with a clear error."""
+"""Training leaves the promised files, has the documented order of images, and stops with a clear error."""
 
 import json
 import math
@@ -11,170 +11,157 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from toy import CONFIG, toy_data, toy_model, toy_run
+
 from ssdcore.data import DetectionDataset, open_dataset
 from ssdcore.detect import detect_dataset
 from ssdcore.evaluate import evaluate_detections
-from ssdcore.models import MODELS, SSD, ssd300_tiny, ssd300_vgg16
-from ssdcore.synthetic import make_synthetic
-from ssdcore.train import RECIPES, _best_epoch, _parameter_groups, _Stream, fit, one_cycle, two_drops
+from ssdcore.models import MODELS, SSD, ssd300_tiny
+from ssdcore.train.config import load_config
+from ssdcore.train.loop import fit
+from ssdcore.train.record import best_epoch
+from ssdcore.train.stream import Stream, limited
 from ssdcore.transforms import train_transform
 from ssdcore.weights import load_model
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_synthetic(tmp_path_factory.mktemp("data") / "shapes", train=10, val=4, progress=False)
+    return toy_data(tmp_path_factory.mktemp("data") / "shapes")
 
 
-def new_model() -> SSD:
-    torch.manual_seed(0)
-    return ssd300_tiny(4)
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(shapes: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Train two epochs of two batches of four; two of the ten images are left out of each epoch."""
-    options: dict[str, Any] = {"epochs": 2, "batch_size": 4, "quiet": True, **changes}
-    model = options.pop("model", None) or new_model()
-    return fit(model, open_dataset(shapes, "train"), output, **options)
-
-
-class Interrupting(DetectionDataset):
-    """Raises KeyboardInterrupt, as Ctrl-C does, after `images_left` images have been read."""
-
-    images_left = 13  # ends in the second epoch of eight images
-
-    def __getitem__(self, index: int) -> Any:
-        self.images_left -= 1
-        if self.images_left < 0:
-            raise KeyboardInterrupt
-        return super().__getitem__(index)
-
-
-def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_run(shapes: Path, tmp_path: Path) -> None:
-    val_set = open_dataset(shapes, "val")
-    uninterrupted = run(shapes, tmp_path / "uninterrupted", val_set=val_set)
-
-    train_set = open_dataset(shapes, "train")
-    train_set.__class__ = Interrupting
-    with pytest.raises(KeyboardInterrupt):
-        fit(
-            new_model(),
-            train_set,
-            tmp_path / "resumed",
-            val_set=val_set,
-            epochs=2,
-            batch_size=4,
-            quiet=True,
-        )
-    state = torch.load(tmp_path / "resumed" / "last.pt", weights_only=True)
-    assert len(state["history"]) == 1
-    assert "postprocess" not in state["settings"]  # a run that began when files had none can be resumed
-    # Another seed, because the initial weights of a resumed model must not matter.
-    torch.manual_seed(1)
-    resumed = run(shapes, tmp_path / "resumed", model=ssd300_tiny(4), val_set=val_set, resume=True)
-
-    for record in (uninterrupted, resumed):
-        for epoch_record in record["epochs"]:
-            del epoch_record["seconds"]
-    assert resumed == uninterrupted
-    expected, got = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("uninterrupted", "resumed")
-    )
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
-
-
-def test_a_run_writes_the_documented_files(shapes: Path, tmp_path: Path) -> None:
-    record = run(shapes, tmp_path / "run", val_set=open_dataset(shapes, "val"))
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == record
+def test_a_run_writes_the_documented_files(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "custom", lambda num_classes, **options: toy_model(num_classes, **options))
+    run = tmp_path / "run"
+    record = toy_run(shapes, run, validate=True, epochs=3, log_steps=2)
+    assert json.loads((run / "metrics.json").read_text()) == record
     epochs = record["epochs"]
-    assert [epoch_record["epoch"] for epoch_record in epochs] == [1, 2]
-    assert all(
-        math.isfinite(epoch_record["classification"] + epoch_record["bbox_regression"]) for epoch_record in epochs
-    )
-    scores = [epoch_record["val"]["AP50"] for epoch_record in epochs]
+    assert [(e["epoch"], e["step"]) for e in epochs] == [(1, 2), (2, 4), (3, 6)]
+    assert all(math.isfinite(e["classification"] + e["bbox_regression"]) and e["images_per_s"] > 0 for e in epochs)
+    scores = [e["val"]["AP50"] for e in epochs]
     assert record["best"] == 1 + scores.index(max(scores))
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(run / "config.json") == CONFIG.changed(epochs=3, log_steps=2)
+    assert [(line["kind"], line["step"]) for line in lines(run)] == [
+        (kind, step) for step in (2, 4, 6) for kind in ("steps", "epoch")
+    ]
+    assert [line for line in lines(run) if line["kind"] == "epoch"] == [{"kind": "epoch", **e} for e in epochs]
+    assert {path.name for path in run.glob("*.pt")} == {"last.pt", "last-1.pt"}
 
     # The saved weights are those of the best epoch.
-    model, classes = load_model(tmp_path / "run" / "model.safetensors")
+    model, classes = load_model(run / "model.safetensors")
     val_set = open_dataset(shapes, "val")
     assert classes == val_set.classes
     again = evaluate_detections(val_set, detect_dataset(model, val_set, quiet=True), quiet=True)
     assert again["AP50"] == record["epochs"][record["best"] - 1]["val"]["AP50"]
 
 
+def test_tensorboard_gets_scalars_and_pictures(shapes: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = toy_run(shapes, tmp_path, validate=True, log_steps=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/classification")] == [1, 2, 3, 4]
+    # Events store fp32.
+    expected = [e["val"]["AP50"] for e in record["epochs"]]
+    assert [event.value for event in events.Scalars("val/AP50")] == pytest.approx(expected, rel=1e-6)
+    pictures = events.Images("annotated and detected")
+    assert [picture.step for picture in pictures] == [2, 4]
+    assert pictures[0].width > 600 and pictures[0].height > 1200  # four pairs of pictures of 320 pixels
+
+
 def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_settings(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to resume: .*last\.pt does not exist"):
-        run(shapes, tmp_path / "run", resume=True)
-    run(shapes, tmp_path / "run", epochs=1)
+        toy_run(shapes, tmp_path / "run", resume=True)
+    toy_run(shapes, tmp_path / "run", epochs=1)
     with pytest.raises(ValueError, match="contains a run already"):
-        run(shapes, tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match=r"other settings: epochs 1 \(now 2\), seed 0 \(now 5\)"):
-        run(shapes, tmp_path / "run", resume=True, seed=5)
-
-
-def test_a_damaged_state_raises_an_error_that_names_it(shapes: Path, tmp_path: Path) -> None:
-    run(shapes, tmp_path / "run", epochs=1)
-    (tmp_path / "run" / "last.pt").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"last\.pt is not the state of a run"):
-        run(shapes, tmp_path / "run", epochs=1, resume=True)
-
-
-@pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2]])
-def test_a_state_of_another_program_raises_an_error_that_names_it(shapes: Path, tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"last\.pt is not the state of a run"):
-        run(shapes, tmp_path, resume=True)
+        toy_run(shapes, tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match=r"other settings: epochs 1 \(now 2\), steps 2 \(now 4\), seed 0 \(now 5\)"):
+        toy_run(shapes, tmp_path / "run", resume=True, seed=5)
+    again = toy_run(shapes, tmp_path / "run", epochs=1, resume=True, keep=1)  # what does not matter may change
+    assert len(again["epochs"]) == 1
 
 
 def test_the_transform_of_a_dataset_is_restored_after_an_interruption(shapes: Path) -> None:
+    class Interrupting(DetectionDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise KeyboardInterrupt
+
     dataset = open_dataset(shapes, "train")
     dataset.transform = transform = train_transform()
     dataset.__class__ = Interrupting
-    dataset.images_left = 0
     with pytest.raises(KeyboardInterrupt):
-        detect_dataset(new_model(), dataset, quiet=True)
+        detect_dataset(toy_model(), dataset, quiet=True)
     assert dataset.transform is transform
 
 
-def test_a_small_dataset_gets_more_epochs_if_the_model_needs_more_steps() -> None:
-    vgg = RECIPES["ssd300_vgg16"]
-    assert vgg.epochs_for(117_266, 32) == vgg.epochs
-    assert vgg.epochs_for(292, 32) * (292 // 32) >= 5000
-    assert RECIPES["ssd300_tiny"].epochs_for(292, 16) == 40
-
-
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "lr"])
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "lr", "steps", "keep"])
 def test_settings_must_be_positive(shapes: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
-        run(shapes, tmp_path, **{name: 0})
+        toy_run(shapes, tmp_path, **{name: 0})
 
 
-def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images(shapes: Path, tmp_path: Path) -> None:
+def test_a_batch_must_be_divisible_into_its_parts(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 3 parts .* got 4"):
+        toy_run(shapes, tmp_path, accumulate=3)
+    with pytest.raises(ValueError, match=r"images must be positive, got 0"):
+        toy_run(shapes, tmp_path, train_set=open_dataset(shapes, "train").subset([]))
+    # A dataset smaller than the batch is one batch.
+    record = toy_run(shapes, tmp_path, batch_size=32, accumulate=3, epochs=1)
+    assert (record["settings"]["batch_size"], record["settings"]["steps"]) == (9, 1)
+
+
+def test_a_run_may_end_in_the_middle_of_an_epoch(shapes: Path, tmp_path: Path) -> None:
+    record = toy_run(shapes, tmp_path, steps=3, validate=True)
+    assert [e["step"] for e in record["epochs"]] == [2, 3] and "val" in record["epochs"][1]
+
+
+def test_only_some_epochs_of_a_long_run_are_scored(shapes: Path, tmp_path: Path) -> None:
+    record = toy_run(shapes, tmp_path, epochs=5, validate=True, validate_every=2)
+    assert ["val" in e for e in record["epochs"]] == [False, True, False, True, True]
+    assert record["best"] in (2, 4, 5)
+
+
+def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images_and_the_tensor(
+    shapes: Path, tmp_path: Path
+) -> None:
     class Breaking(SSD):
-        def loss(self, *arguments: Any) -> dict[str, torch.Tensor]:
-            losses = super().loss(*arguments)
-            return {name: value * (torch.nan if self.steps_left == 0 else 1) for name, value in losses.items()}
-
         def forward(self, *arguments: Any) -> Any:
             self.steps_left -= 1
+            if self.steps_left == 0:
+                self.backbone.second[1].register_forward_hook(lambda *_: torch.full((4, 8, 2, 2), torch.nan))
             return super().forward(*arguments)
 
-    model = new_model()
+    model = toy_model()
     model.__class__ = Breaking
     model.steps_left = 4  # the second batch of the second epoch
-    with pytest.raises(FloatingPointError, match=r"nan.* in epoch 2, batch 2, with images \d+\.jpg(, \d+\.jpg){3};"):
-        run(shapes, tmp_path, model=model)
+    message = (
+        r"nan.* in epoch 2, batch 2 \(step 4\), with images \d+\.jpg(, \d+\.jpg){3}; the first tensor that is not "
+        r"finite is the output of backbone\.second\.1;.*last\.pt is the state before it"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        toy_run(shapes, tmp_path, model=model, checkpoint_seconds=0)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert len(torch.load(tmp_path / "last.pt", weights_only=True)["history"]) == 1
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_a_gradient_that_is_not_finite_is_named(shapes: Path, tmp_path: Path) -> None:
+    model = toy_model()
+    model.backbone.first[1].weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match=r"step 1\).* is the gradient of backbone\.first\.1\.weight; use a"):
+        toy_run(shapes, tmp_path, model=model)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_every_epoch_has_every_image_in_another_order_and_with_another_augmentation(shapes: Path) -> None:
     dataset = open_dataset(shapes, "train")
     dataset.transform = train_transform()
-    epochs = [[_Stream(dataset, 0)[n] for n in range(k * 10, k * 10 + 10)] for k in (0, 1)]
+    epochs = [[Stream(dataset, 0)[n] for n in range(k * 10, k * 10 + 10)] for k in (0, 1)]
     ids = [[target["image_id"] for _, target in epoch] for epoch in epochs]
     assert sorted(ids[0]) == sorted(ids[1]) == sorted(dataset.image_ids.tolist())
     assert ids[0] != ids[1]
@@ -182,20 +169,27 @@ def test_every_epoch_has_every_image_in_another_order_and_with_another_augmentat
     assert not any(torch.equal(first[i], second[i]) for i in first)
 
     # An item depends only on the seed and its number, not on the items that were read before it.
-    assert torch.equal(_Stream(dataset, 0)[7][0], epochs[0][7][0])
-    assert not torch.equal(_Stream(dataset, 1)[7][0], epochs[0][7][0])
+    assert torch.equal(Stream(dataset, 0)[7][0], epochs[0][7][0])
+    assert not torch.equal(Stream(dataset, 1)[7][0], epochs[0][7][0])
+
+
+def test_a_limit_chooses_images_by_the_seed(shapes: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(shapes, "train")
+    chosen = [limited(dataset, 5, seed).image_ids.tolist() for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2] and len(set(chosen[0])) == 5
+    assert limited(dataset, 50, 0) is dataset
+    assert toy_run(shapes, tmp_path, limit=5, epochs=1)["settings"]["images"] == 5
 
 
 def test_the_number_of_workers_does_not_change_the_losses(shapes: Path, tmp_path: Path) -> None:
-    losses = [run(shapes, tmp_path / str(workers), epochs=1, workers=workers)["epochs"][0] for workers in (0, 2)]
+    losses = [toy_run(shapes, tmp_path / str(workers), epochs=1, workers=workers)["epochs"][0] for workers in (0, 2)]
     assert losses[0]["classification"] == losses[1]["classification"]
 
 
 def test_ignored_objects_are_not_trained_on(shapes: Path, tmp_path: Path) -> None:
     dataset = open_dataset(shapes, "train")
     dataset._ignore[:] = True
-    record = fit(new_model(), dataset, tmp_path, epochs=1, batch_size=4, quiet=True)
-    assert record["epochs"][0]["bbox_regression"] == 0
+    assert toy_run(shapes, tmp_path, train_set=dataset, epochs=1)["epochs"][0]["bbox_regression"] == 0
 
 
 def test_unreadable_images_are_replaced_and_counted(shapes: Path, tmp_path: Path) -> None:
@@ -205,33 +199,31 @@ def test_unreadable_images_are_replaced_and_counted(shapes: Path, tmp_path: Path
         (data / file).write_bytes((data / file).read_bytes()[:-100])
     train_set, val_set = open_dataset(data, "train"), open_dataset(data, "val")
     with pytest.raises(ValueError, match=r"000003\.jpg: cannot be read"):
-        fit(new_model(), train_set, tmp_path / "strict", epochs=1, batch_size=10, quiet=True)
+        toy_run(data, tmp_path / "strict", train_set=train_set, epochs=1, batch_size=10)
 
     train_set.strict = val_set.strict = False
-    options: dict[str, Any] = {"val_set": val_set, "epochs": 1, "batch_size": 10, "quiet": True, "workers": 1}
-    record = fit(new_model(), train_set, tmp_path / "run", **options)
+    options: dict[str, Any] = {"val_set": val_set, "epochs": 1, "batch_size": 10, "workers": 1}
+    record = toy_run(data, tmp_path / "run", train_set=train_set, **options)
     assert record["unreadable"] == ["train/000003.jpg", "val/000001.jpg"]
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == record
 
 
-def test_schedules_have_the_documented_values() -> None:
-    rates = [one_cycle(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.04) and rates[30] == max(rates) == 1 and rates[-1] < 0.001
-    rates = [two_drops(step, 120_000) for step in (0, 499, 79_999, 80_000, 99_999, 100_000, 119_999)]
-    assert rates == pytest.approx([1 / 500, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert two_drops(0, 1) > 0  # a run of one step has a learning rate above 0
-
-
-def test_weight_decay_applies_only_to_weights_of_convolutions() -> None:
-    model = ssd300_vgg16(4)
-    decayed, undecayed = _parameter_groups(model, 5e-4)
-    assert decayed["weight_decay"] == 5e-4 and undecayed["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in undecayed["params"]} == {1}
-    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
-    assert RECIPES.keys() == MODELS.keys()
-
-
 def test_the_first_of_several_best_epochs_is_chosen() -> None:
     scores = [None, 0.2, 0.9, 0.9, 0.8]  # None if the split has no objects
-    assert _best_epoch([{"val": {"AP50": score}} for score in scores]) == 3
-    assert _best_epoch([{}, {}, {}]) == 3  # without a validation split, the last epoch
+    history: list[dict[str, Any]] = [{"epoch": k, "val": {"AP50": score}} for k, score in enumerate(scores, start=1)]
+    assert best_epoch(history) == 3
+    assert best_epoch([{"epoch": 1}, *history[1:2], {"epoch": 3}]) == 2  # among those that were scored
+    assert best_epoch([{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]) == 3  # without a validation split, the last epoch
+
+
+def test_a_real_model_trains_with_its_own_recipe(tmp_path: Path) -> None:
+    data = toy_data(tmp_path / "shapes", train=4)
+    record = fit(ssd300_tiny(4), open_dataset(data, "train"), tmp_path / "run", steps=1, batch_size=2, quiet=True)
+    assert record["settings"]["optimizer"] == "adamw" and record["settings"]["model"] == "ssd300_tiny"
+
+
+def test_a_long_run_says_how_long_it_takes(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(toy_model(), open_dataset(shapes, "train"), tmp_path, CONFIG.changed(epochs=4))
+    captured = capsys.readouterr()
+    assert "8 steps of 4 images; at the pace of the first ones" in captured.out
+    assert "data wait" in captured.err and "images/s" in captured.err

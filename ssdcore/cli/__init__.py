@@ -17,11 +17,21 @@ if missing := [name for name in EXTRA if find_spec(name) is None]:
 
 import typer  # noqa: E402
 
-from ssdcore.cores import usable_cores  # noqa: E402
+from ssdcore.cli.options import (  # noqa: E402
+    Data,
+    Device,
+    Weights,
+    Workers,
+    _device,
+    _open,
+    _option,
+    _require_model,
+    _score,
+    _share_cores,
+)
+from ssdcore.cli.training import train  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from ssdcore.data import DetectionDataset
@@ -30,10 +40,6 @@ if TYPE_CHECKING:
 DEMO_TRAIN, DEMO_VAL = 600, 150  # images; enough for an AP50 of 0.95, and few enough for minutes on two CPU cores
 DEMO_EPOCHS = 20
 DEMO_PICTURES = 12
-MAX_PROBLEMS = 3  # problems of a dataset that are printed
-# With --keep-empty, negatives that are mined at least in each image. An image with a positive has 3 in any case,
-# because three negatives are mined for each positive. So this changes the loss of images without objects alone.
-MIN_NEGATIVES = 3
 
 app = typer.Typer(
     name="ssdcore",
@@ -45,41 +51,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-
-def _option(help_text: str, **constraints: Any) -> Any:
-    """An option without a default value to show, because its help text describes the default."""
-    return typer.Option(help=help_text, show_default=False, **constraints)
-
-
-Data = Annotated[Path, typer.Option(help="Dataset folder: COCO, YOLO, Pascal VOC, or images with XML files.")]
-Weights = Annotated[Path, typer.Option(help="Path of a trained model's model.safetensors.")]
-InitialWeights = Annotated[
-    str | None,
-    _option(
-        "Weights of a whole detector to start from: a model.safetensors, whose classes may differ. "
-        "Default: random weights."
-    ),
-]
-BackboneWeights = Annotated[
-    str | None,
-    _option(
-        "Weights of the backbone to start from: torchvision's by name, such as DEFAULT, or IMAGENET1K_FEATURES for "
-        "VGG-16; or a .pth or .safetensors file. Default: random weights."
-    ),
-]
-ValSplit = Annotated[
-    str | None,
-    _option(
-        "Split that chooses the epoch to save, by AP50. none: save the last epoch. Default: val, valid or "
-        "validation if the dataset has it and the training split is not trainval; otherwise none."
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto. auto uses cuda if there is a GPU.")]
-Workers = Annotated[
-    int | None,
-    _option("Number of processes that read and augment images. Default: half the CPU cores, at most 8.", min=0),
-]
+app.command()(train)
 
 
 def main() -> None:
@@ -130,98 +102,6 @@ def demo(
         "\n  ssdcore detect --weights RUN_FOLDER/model.safetensors IMAGE ..."
     )
     return metrics
-
-
-@app.command()
-def train(
-    data: Data,
-    model: Annotated[str, typer.Option(help="One of those that `ssdcore models` lists.")] = "ssd300_tiny",
-    output: Annotated[Path | None, _option("Folder for the run. Default: runs/DATASET-MODEL.")] = None,
-    epochs: Annotated[
-        int | None, _option("Default: 40 for ssd300_tiny; 120 with VGG-16, 65 with a ResNet, more on a small dataset.")
-    ] = None,
-    batch_size: Annotated[int | None, _option("Default: 16 for ssd300_tiny, otherwise 32.")] = None,
-    lr: Annotated[
-        float | None,
-        _option("Highest learning rate. Default: 2e-3 for ssd300_tiny, 1e-3 with VGG-16, 2.6e-3 with a ResNet."),
-    ] = None,
-    weights: InitialWeights = None,
-    weights_backbone: BackboneWeights = None,
-    train_split: Annotated[str | None, _option("Default: trainval if the dataset has it, otherwise train.")] = None,
-    val_split: ValSplit = None,
-    split: Annotated[
-        float | None,
-        _option(
-            "Fraction of the images to train on, such as 0.8, if the dataset has no splits. The others become the "
-            "split val. The division is written to ssdcore-split.json in the dataset's folder, or in the run's if the "
-            "first is not writable, and stays the same."
-        ),
-    ] = None,
-    keep_empty: Annotated[
-        bool,
-        typer.Option(
-            "--keep-empty", help="Train on images without objects too. Without this option, they are left out."
-        ),
-    ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="Stop at an image that cannot be read. Without this option, another one takes its place."
-        ),
-    ] = False,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the initial weights, the order of the images and the augmentation.", min=0)
-    ] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-) -> dict[str, Any]:
-    """Train a detector.
-
-    To continue an interrupted run, repeat the command with --resume. The result is the same as without interruption.
-    """
-    from ssdcore.data import make_split
-    from ssdcore.train import fit
-
-    output = output or Path("runs") / f"{data.resolve().name}-{model}"
-    if split is not None:
-        print(f"{data} is divided as {make_split(data, split, fallback=output)} says")
-    train_set, val_set = _open_train_and_val(data, train_split, val_split, output)
-    train_set = _with_objects(train_set, keep_empty)
-    train_set.strict = strict
-    if val_set is not None:
-        val_set.strict = strict
-    net = _model_to_train(model, weights, weights_backbone, train_set.classes, seed, output if resume else None)
-    if keep_empty:
-        net.min_negatives = MIN_NEGATIVES
-    torch_device = _device(device)
-    saved_epoch = f"the epoch with the best AP50 on {val_set.split}" if val_set else "the last epoch"
-    print(f"training {model} on {torch_device.type} with {len(train_set)} images of {train_set.split}")
-    print(f"classes: {', '.join(train_set.classes)}; saving the weights of {saved_epoch}")
-    try:
-        record = fit(
-            net,
-            train_set,
-            output,
-            val_set=val_set,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            workers=_share_cores(workers),
-            device=torch_device,
-            resume=resume,
-        )
-    except KeyboardInterrupt:
-        if (output / "last.pt").exists():
-            print(f"\ninterrupted; {output} contains the run so far. To continue, repeat the command (train: --resume)")
-        raise typer.Exit(130) from None
-    best = record["epochs"][record["best"] - 1]
-    chosen = f"best AP50 on {val_set.split}, {_score(best['val']['AP50'])}" if val_set else "the last"
-    if record["unreadable"]:
-        print(f"{len(record['unreadable'])} images could not be read, others took their place; metrics.json lists them")
-    print(f"wrote {output / 'model.safetensors'} (epoch {best['epoch']}: {chosen}), metrics.json and loss.png")
-    return record
 
 
 @app.command()
@@ -513,151 +393,6 @@ def _inference_settings(model: "SSD") -> dict[str, Any]:
 
     postprocess = {name: getattr(model, name) for name in POSTPROCESS_FIELDS}
     return {"model": model.name, "image_size": model.anchor_config.image_size, **postprocess}
-
-
-def _open_train_and_val(
-    data: Path, train_split: str | None, val_split: str | None, run: Path
-) -> "tuple[DetectionDataset, DetectionDataset | None]":
-    """Open the splits to train and to validate on. They must not share an image.
-
-    A split file in the folder of the run is used before one in the dataset's folder.
-    """
-    from ssdcore.data import available_splits
-    from ssdcore.data.opening import existing_split_file
-
-    split_file = existing_split_file(data, run)
-    train_split, val_split = _choose_splits(available_splits(data, split_file=split_file), train_split, val_split)
-    train_set = _open(data, train_split, split_file=split_file)
-    if val_split is None:
-        return train_set, None
-    val_set = _open(data, val_split, train_set.classes, split_file=split_file)
-    if shared := _image_paths(train_set) & _image_paths(val_set):
-        raise ValueError(
-            f"val-split must share no image with train-split, but {len(shared)} images of {val_split} "
-            f"are also in {train_split}"
-        )
-    return train_set, val_set
-
-
-def _choose_splits(splits: list[str], train_split: str | None, val_split: str | None) -> tuple[str, str | None]:
-    """The splits to train and to validate on, with the defaults where None is given. "none" means no validation."""
-    train_split = train_split or ("trainval" if "trainval" in splits else "train")
-    if len(splits) == 1 and train_split not in splits:
-        raise ValueError(
-            f"train-split must be given, because the only split is {splits[0]}; or divide the images with --split 0.8"
-        )
-    if val_split is None and train_split != "trainval":
-        val_split = next((name for name in ("val", "valid", "validation") if name in splits), None)
-    if val_split == "none":
-        val_split = None
-    if val_split is not None and val_split.lower().startswith("test"):
-        raise ValueError(
-            f"val-split must not be a test split, got {val_split}: the score on a split that chose the weights "
-            "says nothing about other images"
-        )
-    return train_split, val_split
-
-
-def _image_paths(dataset: "DetectionDataset") -> set[Path]:
-    return {dataset.image_path(i) for i in range(len(dataset))}
-
-
-def _score(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.3f}"
-
-
-def _with_objects(dataset: "DetectionDataset", keep_empty: bool) -> "DetectionDataset":
-    """The images to train on. Prints how many are left out."""
-    indices = dataset.indices_to_train_on(keep_empty)
-    if len(indices) < len(dataset):
-        hint = "" if keep_empty else "; --keep-empty trains on those in which nothing is annotated"
-        print(f"{len(dataset) - len(indices)} images of {dataset.split} have no object to train on: left out{hint}")
-    return dataset.subset(indices)
-
-
-def _open(
-    data: Path, split: str, classes: "Sequence[str] | None" = None, *, split_file: Path | None = None
-) -> "DetectionDataset":
-    """Open a split, and print the first problems in its annotations."""
-    from ssdcore.data import open_dataset
-
-    dataset = open_dataset(data, split, classes, split_file=split_file)
-    if dataset.problems:
-        print(f"{len(dataset.problems)} problems in {split} of {data}:")
-        print("\n".join(f"  {problem}" for problem in dataset.problems[:MAX_PROBLEMS]))
-        if len(dataset.problems) > MAX_PROBLEMS:
-            print(f"  and {len(dataset.problems) - MAX_PROBLEMS} more: `ssdcore data check {data}` lists all")
-    return dataset
-
-
-def _require_model(name: str) -> None:
-    from ssdcore.models import MODELS
-
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-
-
-def _model_to_train(
-    name: str,
-    weights: str | None,
-    weights_backbone: str | None,
-    classes: "Sequence[str]",
-    seed: int,
-    resumed_run: Path | None,
-) -> "SSD":
-    """The model to train: of a resumed run, from a file, with a pretrained backbone, or with random weights."""
-    import torch
-
-    from ssdcore.models import IMAGENET_MEAN, IMAGENET_STD, MODELS
-    from ssdcore.weights import fine_tuned, load_model
-
-    if resumed_run is not None and (resumed_run / "model.safetensors").exists():
-        # `weights` is not read again: the file may be gone, and the run's own file describes the same model.
-        return load_model(resumed_run / "model.safetensors")[0]
-    _require_model(name)
-    torch.manual_seed(seed)
-    num_classes = len(classes) + 1
-    if weights is not None and weights_backbone is not None:
-        raise ValueError("weights and weights-backbone must not be given together: weights hold a backbone's too")
-    if weights_backbone is not None:
-        if name == "ssd300_tiny":
-            raise ValueError(
-                "weights-backbone must not be given for ssd300_tiny: its backbone has no weights elsewhere"
-            )
-        return MODELS[name](num_classes, weights_backbone)
-    if weights is None:
-        return MODELS[name](num_classes, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
-    model, not_loaded = fine_tuned(weights, classes)
-    if model.name != name:
-        raise ValueError(f"model must be {model.name}, the model in {weights}, got {name}")
-    if not_loaded:
-        print(f"{weights} has other classes: {len(not_loaded)} tensors of the classification head start at random")
-    return model
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu or auto, got cuda: PyTorch finds no GPU that it can use")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _share_cores(workers: int | None) -> int:
-    """Divide the CPU cores between workers and PyTorch's threads. Return the number of workers.
-
-    PyTorch gets only the cores that the workers leave free. Its threads wait for one another in every layer, so that
-    training becomes up to twenty times slower if another process uses the core of one of them.
-    """
-    import torch
-
-    cores = usable_cores()
-    if workers is None:
-        workers = min(8, cores // 2)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
-    return workers
 
 
 def _photographs(paths: list[Path]) -> list[Path]:
