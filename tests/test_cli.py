@@ -24,7 +24,7 @@ from small_datasets import coco_content, voc_xml, write_coco, write_image, write
 from typer.testing import CliRunner
 
 from ssdcore import cli
-from ssdcore.cli import training
+from ssdcore.cli import demonstrating, options, training
 from ssdcore.data import DetectionDataset
 from ssdcore.data.split import divide
 from ssdcore.models import ssd300_tiny
@@ -329,7 +329,7 @@ def test_problems_of_a_dataset_are_printed_and_counted(tmp_path: Path, capsys: p
     for annotation in content["annotations"][:5]:
         annotation["bbox"][2] = 0
     path.write_text(json.dumps(content))
-    cli._open(data, "train")
+    options.open_split(data, "train")
     printed = capsys.readouterr().out
     assert printed.startswith("5 problems in train") and printed.count("no area") == 3 and "and 2 more" in printed
 
@@ -342,9 +342,9 @@ def test_errors_are_printed_as_one_line(monkeypatch: pytest.MonkeyPatch, weights
 
 
 def test_the_demo_can_be_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "DEMO_TRAIN", 16)
-    monkeypatch.setattr(cli, "DEMO_VAL", 3)
-    monkeypatch.setattr(cli, "DEMO_EPOCHS", 1)
+    monkeypatch.setattr(demonstrating, "DEMO_TRAIN", 16)
+    monkeypatch.setattr(demonstrating, "DEMO_VAL", 3)
+    monkeypatch.setattr(demonstrating, "DEMO_EPOCHS", 1)
     for _ in range(2):
         metrics = cli.demo(output=tmp_path / "demo", device="cpu", workers=0)
         assert 0 <= metrics["AP50"] <= 1

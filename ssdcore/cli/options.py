@@ -1,5 +1,6 @@
 """What several commands share: options, opening a dataset, choosing a device."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 MAX_PROBLEMS = 3  # problems of a dataset that are printed
 
 
-def _option(help_text: str, **constraints: Any) -> Any:
+def option(help_text: str, **constraints: Any) -> Any:
     """An option without a default value to show, because its help text describes the default."""
     return typer.Option(help=help_text, show_default=False, **constraints)
 
@@ -27,15 +28,15 @@ Weights = Annotated[Path, typer.Option(help="Path of a trained model's model.saf
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto. auto uses cuda if there is a GPU.")]
 Workers = Annotated[
     int | None,
-    _option("Number of processes that read and augment images. Default: half the CPU cores, at most 8.", min=0),
+    option("Number of processes that read and augment images. Default: half the CPU cores, at most 8.", min=0),
 ]
 
 
-def _score(value: float | None) -> str:
+def score_text(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.3f}"
 
 
-def _open(
+def open_split(
     data: Path, split: str, classes: "Sequence[str] | None" = None, *, split_file: Path | None = None
 ) -> "DetectionDataset":
     """Open a split, and print the first problems in its annotations."""
@@ -50,14 +51,14 @@ def _open(
     return dataset
 
 
-def _require_model(name: str) -> None:
+def require_model(name: str) -> None:
     from ssdcore.models import MODELS
 
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
 
 
-def _device(name: str) -> "torch.device":
+def find_device(name: str) -> "torch.device":
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
@@ -67,7 +68,7 @@ def _device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _share_cores(workers: int | None) -> int:
+def share_cores(workers: int | None) -> int:
     """Divide the CPU cores of this process between workers and PyTorch's threads. Return the number of workers.
 
     PyTorch gets only the cores that the workers leave free. Its threads wait for one another in every layer, so that
@@ -82,3 +83,10 @@ def _share_cores(workers: int | None) -> int:
         workers = min(8, cores // 2)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
     return workers
+
+
+def write_json(path: Path, content: object) -> None:
+    from ssdcore.weights import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=2).encode())

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ssdcore.cli.options import Data, Device, Workers, _device, _open, _option, _require_model, _score, _share_cores
+from ssdcore.cli.options import (
+    Data,
+    Device,
+    Workers,
+    find_device,
+    open_split,
+    option,
+    require_model,
+    score_text,
+    share_cores,
+)
 from ssdcore.train import TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -29,21 +39,21 @@ TUPLES = {"drops"}  # values that are written as numbers with commas between the
 
 InitialWeights = Annotated[
     str | None,
-    _option(
+    option(
         "Weights of a whole detector to start from: a model.safetensors, whose classes may differ. "
         "Default: random weights."
     ),
 ]
 BackboneWeights = Annotated[
     str | None,
-    _option(
+    option(
         "Weights of the backbone to start from: torchvision's by name, such as DEFAULT, or IMAGENET1K_FEATURES for "
         "VGG-16; or a .pth or .safetensors file. Default: random weights."
     ),
 ]
 ValSplit = Annotated[
     str | None,
-    _option(
+    option(
         "Split that chooses the epoch to save, by AP50. none: save the last epoch. Default: val, valid or "
         "validation if the dataset has it and the training split is not trainval; otherwise none."
     ),
@@ -53,24 +63,24 @@ ValSplit = Annotated[
 def train(
     data: Data,
     model: Annotated[
-        str | None, _option("One of those that `ssdcore models` lists. Default: ssd300_tiny, or the recipe's.")
+        str | None, option("One of those that `ssdcore models` lists. Default: ssd300_tiny, or the recipe's.")
     ] = None,
-    output: Annotated[Path | None, _option("Folder for the run. Default: runs/DATASET-MODEL.")] = None,
+    output: Annotated[Path | None, option("Folder for the run. Default: runs/DATASET-MODEL.")] = None,
     recipe: Annotated[
         str | None,
-        _option("vgg-voc, vgg-coco, nvidia-r50 or torchvision, as published; or small. Default: the model's own."),
+        option("vgg-voc, vgg-coco, nvidia-r50 or torchvision, as published; or small. Default: the model's own."),
     ] = None,
-    config: Annotated[Path | None, _option("A run's config.json, whose values replace the recipe's.")] = None,
+    config: Annotated[Path | None, option("A run's config.json, whose values replace the recipe's.")] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the configuration as JSON, and do not train.")
     ] = False,
     weights: InitialWeights = None,
     weights_backbone: BackboneWeights = None,
-    train_split: Annotated[str | None, _option("Default: trainval if the dataset has it, otherwise train.")] = None,
+    train_split: Annotated[str | None, option("Default: trainval if the dataset has it, otherwise train.")] = None,
     val_split: ValSplit = None,
     split: Annotated[
         float | None,
-        _option(
+        option(
             "Fraction of the images to train on, such as 0.8, if the dataset has no splits. The others become the "
             "split val. The division is written to ssdcore-split.json in the dataset's folder, or in the run's if the "
             "first is not writable, and stays the same."
@@ -106,7 +116,7 @@ def train(
     # One process speaks for all. Errors of any process are printed. With --print-config, stdout gets JSON alone.
     stdout = sys.stdout
     listener = io.StringIO() if not leads() else sys.stderr if print_config else stdout
-    with contextlib.redirect_stdout(listener), joined(_device(device)) as torch_device:
+    with contextlib.redirect_stdout(listener), joined(find_device(device)) as torch_device:
         chosen = _configuration(recipe, config, model, values)
         output = output or Path("runs") / f"{data.resolve().name}-{chosen.model}"
         if split is not None:
@@ -135,7 +145,7 @@ def train(
                 output,
                 config=chosen,
                 val_set=val_set,
-                workers=_share_cores(workers),
+                workers=share_cores(workers),
                 device=torch_device,
                 resume=resume,
             )
@@ -150,7 +160,7 @@ def train(
             print(f"\n{stopped.message}. To continue, repeat the command (train: --resume)")
             raise
         best = record["epochs"][record["best"] - 1]
-        which = f"best AP50 on {val_set.split}, {_score(best['val']['AP50'])}" if val_set else "the last"
+        which = f"best AP50 on {val_set.split}, {score_text(best['val']['AP50'])}" if val_set else "the last"
         if record["unreadable"]:
             count = len(record["unreadable"])
             print(f"{count} images could not be read, others took their place; metrics.json lists them")
@@ -170,10 +180,10 @@ def _add_values() -> None:
         kind = kinds[0] if kinds and value.name not in TUPLES else str
         choices = _choices(hints[value.name])
         text = value.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-        option = _option(text[0].upper() + text[1:] + ".", rich_help_panel="Values that replace the recipe's")
+        described = option(text[0].upper() + text[1:] + ".", rich_help_panel="Values that replace the recipe's")
         options.append(
             inspect.Parameter(
-                value.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+                value.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, described]
             )
         )
     given = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
@@ -181,7 +191,7 @@ def _add_values() -> None:
 
 
 def _choices(hint: Any) -> list[str]:
-    return [choice for option in (hint, *get_args(hint)) for choice in get_args(option) if isinstance(choice, str)]
+    return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
 
 
 def _configuration(
@@ -193,7 +203,7 @@ def _configuration(
     if recipe_name is not None and file is not None:
         raise ValueError("recipe and config must not be given together: config holds all values of a recipe")
     if model is not None:
-        _require_model(model)
+        require_model(model)
     base = recipe(recipe_name, model) if file is None else load_config(file).changed(model=model)
     for name in TUPLES:
         if isinstance(values.get(name), str):
@@ -238,10 +248,10 @@ def _open_train_and_val(
 
     split_file = existing_split_file(data, run)
     train_split, val_split = _choose_splits(available_splits(data, split_file=split_file), train_split, val_split)
-    train_set = _open(data, train_split, split_file=split_file)
+    train_set = open_split(data, train_split, split_file=split_file)
     if val_split is None:
         return train_set, None
-    val_set = _open(data, val_split, train_set.classes, split_file=split_file)
+    val_set = open_split(data, val_split, train_set.classes, split_file=split_file)
     if shared := _image_paths(train_set) & _image_paths(val_set):
         raise ValueError(
             f"val-split must share no image with train-split, but {len(shared)} images of {val_split} "
@@ -300,7 +310,7 @@ def _model_to_train(
         # `weights` is not read again: the file may be gone, and the run's own file describes the same model.
         return load_model(resumed_run / "model.safetensors")[0]
     name = config.model
-    _require_model(name)
+    require_model(name)
     torch.manual_seed(config.seed)
     num_classes = len(classes) + 1
     if weights is not None and weights_backbone is not None:
