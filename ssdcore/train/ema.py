@@ -27,15 +27,12 @@ class MovingAverage:
         """Take the model's present weights into the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        new = model.state_dict()
-        averaged, present = [], []
-        for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point():
-                averaged.append(tensor)
-                present.append(new[name])
-            else:
-                tensor.copy_(new[name])
-        torch._foreach_lerp_(averaged, present, 1 - decay)
+        old, new = self.model.state_dict(), model.state_dict()
+        floats = [name for name, tensor in old.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([old[name] for name in floats], [new[name] for name in floats], 1 - decay)
+        counters = [name for name in old if name not in floats]
+        if counters:
+            torch._foreach_copy_([old[name] for name in counters], [new[name] for name in counters])
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "updates": self.updates}

@@ -1,5 +1,6 @@
 """One optimiser step: forward, loss, gradients and update, over all processes and accumulated parts."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -114,9 +115,10 @@ class Stepper:
         norm = self._clip()
         # The only wait for the GPU. Everything up to the update is queued by now, and a loss that is not finite must
         # not reach the weights.
-        classification, bbox_regression, stopped, grad_norm = [*processes.sum(losses).tolist(), float(norm)]
-        finite = torch.isfinite(torch.tensor([classification, bbox_regression])).all()
-        overflow = not torch.isfinite(norm)
+        values = torch.cat([processes.sum(losses), norm.detach().float()[None]]).tolist()
+        classification, bbox_regression, stopped, grad_norm = values
+        finite = math.isfinite(classification) and math.isfinite(bbox_regression)
+        overflow = not math.isfinite(grad_norm)
         tolerated = self.precision == "fp16" and self.scaler.get_scale() > MIN_SCALE
         if not finite or (overflow and not tolerated):
             tensor = None
