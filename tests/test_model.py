@@ -1,6 +1,8 @@
 """The model gives the numbers of torchvision's `ssd300_vgg16`, and keeps the promises of its docstrings."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -270,13 +272,14 @@ def test_an_interrupted_save_leaves_the_old_weights(tmp_path: Path, monkeypatch:
     path = tmp_path / "model.safetensors"
     save_weights(ssd300_tiny(2), path, ["old"])
 
-    def full_disk(self: Path, content: bytes) -> None:
-        self.open("wb").write(content[: len(content) // 2])
-        raise OSError("No space left on device")
+    def full_disk(descriptor: int) -> None:
+        os.ftruncate(descriptor, 1000)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: cannot write .* to .*model\.safetensors"):
         save_weights(ssd300_tiny(2), path, ["new"])
+    assert list(tmp_path.iterdir()) == [path]
     assert load_model(path)[1] == ("old",)
 
 

@@ -695,8 +695,9 @@ def _rest_kernel(
     if tl.load(unsettled_ptr + image) != 0:
         problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
         count = _list_all_candidates(
-            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, FINALISTS, FINALISTS
-        )
+            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold,
+            HEAD, ANCHORS, FINALISTS, FINALISTS,
+        )  # fmt: skip
         _settle_class(problem, count, sizes, iou_threshold, FINALISTS, FINALISTS, AT_ONCE)
         if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
             # An atomic that adds nothing: a load might find an older count in the cache.
