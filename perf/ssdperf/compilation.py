@@ -138,14 +138,16 @@ def nvidia_resources(cubin: bytes) -> dict[str, int]:
 def amd_resources(assembly: str) -> dict[str, int]:
     """Return what the assembly says about itself.
 
-    Scalar registers that spill into vector registers do not count as spilled, because they cost no memory.
+    Scalar registers that spill into vector registers do not count as spilled, because they cost no memory. The compiler
+    may reserve a private segment for them all the same, which no instruction reads or writes then.
     """
-    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly))
-    lines = re.findall(r"^\s+([sv]_\w+|(?:global|buffer|ds|flat)_\w+)", assembly, re.MULTILINE)
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    lines = re.findall(r"^\s+([sv]_\w+|(?:global|buffer|ds|flat|scratch)_\w+)", assembly, re.MULTILINE)
+    uses_segment = int(found["vgpr_spill_count"]) > 0 or any(line.startswith("scratch_") for line in lines)
     memory = "(global|buffer|flat)"
     return {
         "registers": int(found["vgpr_count"]),
-        "spilled": int(found["private_segment_fixed_size"]),
+        "spilled": int(found["private_segment_fixed_size"]) if uses_segment else 0,
         **instruction_counts(
             lines,
             load=rf"{memory}_load",
