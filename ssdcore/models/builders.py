@@ -37,15 +37,7 @@ def ssd300_vgg16(
     Raises:
         ValueError: `weights_backbone` is no weights for VGG-16.
     """
-    mean, std = _vgg_normalisation(weights_backbone)
-    return SSD(
-        VGG16(300, weights_backbone),
-        num_classes,
-        anchors,
-        mean if image_mean is None else image_mean,
-        std if image_std is None else image_std,
-        name="ssd300_vgg16",
-    )
+    return _on_vgg(300, num_classes, weights_backbone, anchors, image_mean, image_std)
 
 
 def ssd512_vgg16(
@@ -60,15 +52,7 @@ def ssd512_vgg16(
 
     The arguments have the meaning that they have in `ssd300_vgg16`.
     """
-    mean, std = _vgg_normalisation(weights_backbone)
-    return SSD(
-        VGG16(512, weights_backbone),
-        num_classes,
-        anchors,
-        mean if image_mean is None else image_mean,
-        std if image_std is None else image_std,
-        name="ssd512_vgg16",
-    )
+    return _on_vgg(512, num_classes, weights_backbone, anchors, image_mean, image_std)
 
 
 def ssd300_resnet(
@@ -112,10 +96,25 @@ def ssd300_tiny(
     return SSD(Tiny(), num_classes, anchors, image_mean, image_std, name="ssd300_tiny")
 
 
-def _vgg_normalisation(weights: str | Path | object | None) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the pixels that weights for VGG-16 expect."""
-    name = getattr(weights, "name", weights)  # of a member of torchvision's enum
-    return (IMAGENET_MEAN, IMAGENET_STD) if name in ("DEFAULT", "IMAGENET1K_V1") else (VGG_MEAN, VGG_STD)
+def _on_vgg(
+    image_size: int,
+    num_classes: int,
+    weights: str | Path | object | None,
+    anchors: AnchorConfig,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+) -> SSD:
+    weights_name = getattr(weights, "name", weights)  # of a member of torchvision's enum
+    is_imagenets = weights_name in ("DEFAULT", "IMAGENET1K_V1")
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if is_imagenets else (VGG_MEAN, VGG_STD)
+    return SSD(
+        VGG16(image_size, weights),
+        num_classes,
+        anchors,
+        mean if image_mean is None else image_mean,
+        std if image_std is None else image_std,
+        name=f"ssd{image_size}_vgg16",
+    )
 
 
 ssd300_resnet50 = partial(ssd300_resnet, 50)
