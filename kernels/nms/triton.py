@@ -52,6 +52,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device.boxmath import (
+    LEAST_AREA,
     Box,
     area,
     columns,
@@ -70,7 +71,7 @@ WARPS = BLOCK_ROWS // 32  # of a program: one per word of bits
 REGISTERS = 128  # of a thread at most: four programs per multiprocessor
 COLLECT_BLOCK = 4096  # rows collected at once: 8 per thread at sixteen warps, three steps at 8732
 MARGIN = Constant(2.0**-18)  # of a box's area; rounding errors of a decision add up to less than a quarter of it
-LEAST_AREA, LARGEST_AREA = Constant(2.0**-80), Constant(2.0**100)  # between them no product underflows or overflows
+LARGEST_AREA = Constant(2.0**100)  # between LEAST_AREA and this, no product underflows or overflows
 LEAST_THRESHOLD = Constant(2.0**-10)  # below it, an intersection of 0 would be nearly in doubt
 SLACK = Constant(2.0**-12)  # of a width or a coordinate; lists are sorted to 2**-16, and rounding errors are smaller
 LEAST_SLACK = Constant(1e-30)  # much more than the steps between denormal numbers
