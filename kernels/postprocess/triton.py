@@ -639,7 +639,7 @@ def _class_kernel(
 @triton.jit
 def _list_all_candidates(
     problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold,
-    HEAD: tl.constexpr, ANCHORS: tl.constexpr, FINALISTS: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, ANCHORS: tl.constexpr, FINALISTS: tl.constexpr,
 ):  # fmt: skip
     """List the candidates of one class without a cutoff, the k best of them at least; returns their number."""
     listed = 0
@@ -659,9 +659,7 @@ def _list_all_candidates(
         if listed + ANCHORS > sizes.capacity:
             # Other threads stored the last keys of the list.
             tl.debug_barrier()
-            listed = keep_k_largest(
-                problem.candidates_ptr, listed, sizes.topk, NUMBERED_SCORE_TOP_BIT, FINALISTS // BLOCK, BLOCK
-            )
+            listed = keep_k_largest(problem.candidates_ptr, listed, sizes.topk, NUMBERED_SCORE_TOP_BIT, 1, FINALISTS)
         candidate = is_candidate.to(tl.int32)
         slot = listed + tl.cumsum(candidate, 0) - candidate
         key = _key_of(score, problem.class_index, anchor, sizes.anchors)
@@ -695,9 +693,9 @@ def _rest_kernel(
     if tl.load(unsettled_ptr + image) != 0:
         problem = _class_problem(class_index, image, HEAD.classes - 1, scratch, counters, boxes_ptr, sizes)
         count = _list_all_candidates(
-            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold,
-            HEAD, ANCHORS, FINALISTS, FINALISTS,
-        )  # fmt: skip
+            problem, levels, anchor_scores, image, num_blocks, sizes, score_threshold, HEAD, ANCHORS, FINALISTS
+        )
+        # All finalists as one tile: several tiles would cost more registers than there are.
         _settle_class(problem, count, sizes, iou_threshold, FINALISTS, FINALISTS, AT_ONCE)
         if _is_last_program(counters.done_ptr + image, HEAD.classes - 1):
             # An atomic that adds nothing: a load might find an older count in the cache.
