@@ -22,18 +22,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ssdcore.transforms import MAX_ZOOM_OUT, MEAN_COLOUR, RandomPatch, Transform, per_object, train_transform
+from ssdcore.transforms import FILL, MAX_ZOOM_OUT, RandomPatch, Transform, finish, train_transform
 
 __all__ = ["AUGMENTATIONS"]
 
 MIN_IOUS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the patches in Caffe, besides "the whole image" and "any patch"
 CAFFE_TRIALS = 50  # random patches for each minimum IoU
-FILL = {tv_tensors.Image: list(MEAN_COLOUR), "others": 0}
 
 
 def no_augmentation(size: int) -> Transform:
-    """Resize alone."""
-    return v2.Compose([v2.Resize((size, size)), *_finish()])
+    """Resize alone. As in all augmentations, an object that is then less than a pixel wide or high is dropped."""
+    return v2.Compose([v2.Resize((size, size)), *finish()])
 
 
 def torchvision_augmentation(size: int) -> Transform:
@@ -45,7 +44,7 @@ def torchvision_augmentation(size: int) -> Transform:
             RandomPatch(),
             v2.RandomHorizontalFlip(p=0.5),
             v2.Resize((size, size)),
-            *_finish(),
+            *finish(),
         ]
     )
 
@@ -59,7 +58,7 @@ def caffe_augmentation(size: int) -> Transform:
             _CaffePatch(),
             _CaffeResize(size),
             v2.RandomHorizontalFlip(p=0.5),
-            *_finish(),
+            *finish(),
         ]
     )
 
@@ -67,7 +66,7 @@ def caffe_augmentation(size: int) -> Transform:
 def nvidia_augmentation(size: int) -> Transform:
     """NVIDIA's for SSD300 v1.1: one trial for a patch, mirror, resize, colours of every image; no zoom-out."""
     return v2.Compose(
-        [RandomPatch(trials=1), v2.RandomHorizontalFlip(p=0.5), v2.Resize((size, size)), _NvidiaColours(), *_finish()]
+        [RandomPatch(trials=1), v2.RandomHorizontalFlip(p=0.5), v2.Resize((size, size)), _NvidiaColours(), *finish()]
     )
 
 
@@ -78,16 +77,6 @@ AUGMENTATIONS: dict[str, Callable[[int], Transform]] = {
     "nvidia": nvidia_augmentation,
     "none": no_augmentation,
 }
-
-
-def _finish() -> list[Any]:
-    """Convert to float, drop the objects that a patch cut off, and clip the boxes."""
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes would drop boxes that extend beyond the image
-        v2.SanitizeBoundingBoxes(labels_getter=per_object),
-        v2.ToPureTensor(),
-    ]
 
 
 def _uniform(low: float, high: float) -> float:

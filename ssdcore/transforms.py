@@ -25,6 +25,7 @@ __all__ = ["collate", "eval_transform", "train_transform"]
 Transform = Callable[[Any, Target], tuple[Tensor, Target]]
 
 MEAN_COLOUR = (123, 117, 104)  # RGB in 0..255, mean of ImageNet; fills the canvas of the zoom-out, as in the paper
+FILL = {tv_tensors.Image: list(MEAN_COLOUR), "others": 0}
 MAX_ZOOM_OUT = 4.0  # side of the largest canvas, in sides of the image; section 3.6 (16 times the area)
 MIN_PATCH_SCALE = 0.3  # side of the smallest patch, in sides of the image; the authors' Caffe code
 PATCH_TRIALS = 40  # random patches to try for one minimum IoU before another minimum is drawn; torchvision's default
@@ -42,7 +43,8 @@ def train_transform(size: int = 300) -> Transform:
     3. Resize to size x size, without keeping the aspect ratio.
     4. With probability 0.5, mirror.
     5. Change brightness, contrast, saturation, hue and the order of the channels, each with probability 0.5.
-    6. Drop the objects whose centre the patch cut off, and clip the boxes to the image.
+    6. Clip the boxes to the image, and drop the objects whose centre the patch cut off or that are now less than a
+       pixel wide or high.
 
     The paper changes the colours first. They are changed after the resize here, because on a 640 x 480 image that
     touches 3.4 times fewer pixels. Up to rounding, the result differs in two ways: contrast changes about the mean of
@@ -52,23 +54,29 @@ def train_transform(size: int = 300) -> Transform:
     is a dict as `DetectionDataset` gives it. In the output, `boxes` are in pixels of the new image, and the dropped
     objects are removed from `boxes`, `labels` and `ignore`. Images without objects are treated like any others.
     """
-    fill = {tv_tensors.Image: list(MEAN_COLOUR), "others": 0}
     return v2.Compose(
         [
             # Without this step, zooming out from a 12-megapixel photograph would take half a gigabyte. No detail is
             # lost, because the smallest patch still has `size` pixels per side.
             _ShrinkToFit(math.ceil(size / MIN_PATCH_SCALE)),
-            v2.RandomZoomOut(fill=fill, side_range=(1.0, MAX_ZOOM_OUT), p=0.5),
+            v2.RandomZoomOut(fill=FILL, side_range=(1.0, MAX_ZOOM_OUT), p=0.5),
             RandomPatch(min_scale=MIN_PATCH_SCALE, trials=PATCH_TRIALS),
             v2.Resize((size, size)),
             v2.RandomHorizontalFlip(p=0.5),
             v2.RandomPhotometricDistort(p=0.5),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes would drop boxes that extend beyond the image
-            v2.SanitizeBoundingBoxes(labels_getter=per_object),
-            v2.ToPureTensor(),
+            *finish(),
         ]
     )
+
+
+def finish() -> list[Any]:
+    """Return the last steps of an augmentation: convert to float, clip the boxes, drop objects cut off or tiny."""
+    return [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.ClampBoundingBoxes(),  # SanitizeBoundingBoxes would drop boxes that extend beyond the image
+        v2.SanitizeBoundingBoxes(labels_getter=_per_object),
+        v2.ToPureTensor(),
+    ]
 
 
 def eval_transform(size: int = 300) -> Transform:
@@ -153,7 +161,7 @@ class RandomPatch(v2.RandomIoUCrop):
                 }
 
 
-def per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, Tensor]:
+def _per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, Tensor]:
     """The tensors from which SanitizeBoundingBoxes removes the dropped objects, besides the boxes."""
     _, target = inputs
     return target["labels"], target["ignore"]
