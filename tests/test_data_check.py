@@ -107,8 +107,8 @@ def test_copies_within_a_split_and_images_in_no_split_are_notes(tmp_path: Path) 
     report = check(root)
     assert report.problems == []
     assert report.notes == [
-        "1 images with the same content as another image of their split: JPEGImages/b.jpg",
-        "1 images in no split: JPEGImages/unused.jpg",
+        "1 image with the same content as another image of their split: JPEGImages/b.jpg",
+        "1 image in no split: JPEGImages/unused.jpg",
     ]
 
 
@@ -134,12 +134,12 @@ def test_images_of_unusual_kinds_are_notes_that_name_files(tmp_path: Path) -> No
     assert report.notes == [
         "5 images without objects; training leaves them out, unless --keep-empty is given: "
         "train/grey.jpg, train/cmyk.jpg, train/alpha.png, ...",
-        "1 images with crowds or difficult objects only; training leaves them out: train/crowd.jpg",
-        "1 images greyscale: train/grey.jpg",
-        "1 images CMYK: train/cmyk.jpg",
-        "1 images with alpha, which is dropped: train/alpha.png",
-        "1 images of 16-bit greyscale, scaled to 8 bits: train/sixteen.png",
-        "1 images with an EXIF orientation; turned unless the annotated size is the stored one: train/turned.jpg",
+        "1 image with crowds or difficult objects only; training leaves them out: train/crowd.jpg",
+        "1 image greyscale: train/grey.jpg",
+        "1 image CMYK: train/cmyk.jpg",
+        "1 image with alpha, which is dropped: train/alpha.png",
+        "1 image of 16-bit greyscale, scaled to 8 bits: train/sixteen.png",
+        "1 image with an EXIF orientation; turned unless the annotated size is the stored one: train/turned.jpg",
     ]
 
 
@@ -231,3 +231,11 @@ def test_a_folder_in_which_nothing_can_be_read_is_reported(tmp_path: Path) -> No
     assert result.exit_code == 1 and "no list of 'annotations'" in result.output and "wrote" not in result.output
     with pytest.raises(ValueError, match="no dataset in"):
         cli.check_data(tmp_path / "annotations")
+
+
+def test_names_that_end_like_the_folder_are_printed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_yolo(tmp_path / "cars", "names: [car]", {"a": "0 0.5 0.5 0.2 0.2"}, "images/oldcars")
+    truncate(tmp_path / "cars/images/oldcars/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    (problem,) = check(Path("cars")).problems
+    assert problem.startswith("images/oldcars/a.jpg: cannot be read")

@@ -179,3 +179,31 @@ def test_invalid_coco_files_raise_value_error(tmp_path: Path, content: str, mess
     (root / "annotations/instances_train.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         open_dataset(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        ("images", {"id": 2**70, "file_name": "a.jpg"}, "ids in 'images' must be integers of 64 bits"),
+        ("images", {"id": 1, "file_name": 7}, "file_name must be a text"),
+    ],
+)
+def test_values_of_other_types_raise_an_error_that_names_the_file(
+    tmp_path: Path, part: str, entry: dict[str, object], message: str
+) -> None:
+    root = write_coco(tmp_path, coco_content(**{part: [entry]}))
+    with pytest.raises(ValueError, match=rf"instances_train\.json: {message}, got"):
+        open_dataset(root, "train")
+
+
+def test_names_of_classes_may_be_numbers(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, coco_content(categories=[{"id": 18, "name": 7}, {"id": 3, "name": 8}]))
+    assert open_dataset(root, "train").classes == ("8", "7")
+
+
+def test_two_categories_with_one_id_raise_an_error(tmp_path: Path) -> None:
+    """Otherwise the objects of one would become those of the other."""
+    categories = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 18, "name": "cow"}]
+    root = write_coco(tmp_path, coco_content(categories=categories))
+    with pytest.raises(ValueError, match=r"instances_train\.json: 2 categories have the same id, 3"):
+        open_dataset(root, "train")

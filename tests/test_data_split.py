@@ -1,12 +1,14 @@
 """Dividing a dataset without splits, the same way every time."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from small_datasets import coco_content, write_coco, write_voc, write_yolo
 
 from ssdcore.data import available_splits, make_split, open_dataset
+from ssdcore.data.check import check_dataset
 from ssdcore.data.opening import existing_split_file
 from ssdcore.data.split import SPLIT_FILE, divide
 
@@ -69,7 +71,7 @@ def test_images_added_later_are_left_out_and_reported(tmp_path: Path) -> None:
     write_yolo(root, "names: [red]", {"new": "0 0.5 0.5 0.2 0.2"}, "images")
     dataset = open_dataset(root, "val")
     assert len(dataset) == 2
-    assert len(dataset.problems) == 1 and "1 images are in neither part: images/new.jpg" in dataset.problems[0]
+    assert len(dataset.problems) == 1 and "images in neither part (1): images/new.jpg" in dataset.problems[0]
 
 
 def test_images_removed_later_raise_an_error_that_names_them(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_images_removed_later_raise_an_error_that_names_them(tmp_path: Path) -> 
     (root / "images/img3.jpg").unlink()
     (root / "labels/img3.txt").unlink()
     part = "train" if "images/img3.jpg" in json.loads((root / SPLIT_FILE).read_text())["train"] else "val"
-    with pytest.raises(ValueError, match=r"lists 1 images that the dataset does not have: images/img3\.jpg; delete"):
+    with pytest.raises(ValueError, match=r"lists images that .* does not have \(1\): images/img3\.jpg; if .* delete"):
         open_dataset(root, part)
 
 
@@ -102,3 +104,43 @@ def test_an_invalid_split_file_raises_an_error_that_names_it(tmp_path: Path, con
     (root / SPLIT_FILE).write_text(content)
     with pytest.raises(ValueError, match=r"ssdcore-split\.json: cannot be read as a split file.*; delete it"):
         available_splits(root)
+
+
+def test_images_of_one_file_stay_together(tmp_path: Path) -> None:
+    images = [{"id": number, "file_name": name} for number, name in enumerate(["a.jpg", "b.jpg", "a.jpg"], start=1)]
+    annotations = [{"image_id": number, "category_id": 3, "bbox": [1, 2, 3, number]} for number in (1, 2, 3)]
+    content = coco_content(images=images, annotations=annotations)
+    root = write_coco(tmp_path, content, "train", "train/_annotations.coco.json")
+    make_split(root, 0.5)
+    parts = [open_dataset(root, part).image_ids.tolist() for part in ("train", "val")]
+    assert sorted(parts) == [[1, 3], [2]]
+
+
+def test_names_of_files_need_not_be_valid_text(tmp_path: Path) -> None:
+    root = write_undivided(tmp_path)
+    for folder, suffix in (("images", ".jpg"), ("labels", ".txt")):
+        (root / folder / f"img0{suffix}").rename(root / folder / os.fsdecode(b"caf\xe9" + suffix.encode()))
+    make_split(root, 0.8)
+    files = [file for part in ("train", "val") for file in open_dataset(root, part).files]
+    assert len(files) == 10 and os.fsdecode(b"images/caf\xe9.jpg") in files
+
+
+def test_the_split_file_of_a_run_on_another_dataset_is_passed_over(tmp_path: Path) -> None:
+    run = make_split(write_undivided(tmp_path / "first"), 0.8).parent
+    other = write_voc(tmp_path / "other", {"train": {"a": []}, "val": {"b": []}})
+    assert existing_split_file(other, run) is None
+    assert existing_split_file(tmp_path / "first", run) == run / SPLIT_FILE
+
+
+def test_a_split_file_that_no_longer_fits_is_named(tmp_path: Path) -> None:
+    root = write_undivided(tmp_path)
+    make_split(root, 0.8)
+    for split in ("train", "val"):
+        write_yolo(
+            root, "train: train/images\nval: val/images\nnames: [red]", {split: "0 0.5 0.5 0.2 0.2"}, f"{split}/images"
+        )
+    message = r"no split 'all' in .*: it has train, val; .*ssdcore-split\.json divides 'all', so delete this file"
+    with pytest.raises(ValueError, match=message):
+        open_dataset(root, "train")
+    problems = check_dataset(root, quiet=True).problems
+    assert len(problems) == 1 and "so delete this file" in problems[0]

@@ -203,3 +203,20 @@ def test_names_of_any_language_are_read_with_a_byte_order_mark_too(tmp_path: Pat
     (root / "ImageSets/Main/train.txt").write_bytes("Zelle-äöü".encode("latin-1"))
     with pytest.raises(ValueError, match=r"train\.txt: must be a text file in UTF-8"):
         open_dataset(root, "train")
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    """macOS writes a file `._x` beside each file x on some disks."""
+    root = write_voc(tmp_path, {"train": {"a": [("tabby", (1, 2, 11, 22))]}})
+    for name in ("Annotations/._a.xml", "JPEGImages/._a.jpg", "ImageSets/Main/._train.txt"):
+        (root / name).write_bytes(b"\x00\x05\x16\x07")
+    assert available_splits(root) == ["train"]
+    dataset = open_dataset(root, "train")
+    assert dataset.files == ["JPEGImages/a.jpg"] and dataset.classes == ("tabby",)
+
+
+def test_an_unknown_encoding_raises_an_error_that_names_the_file(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"train": {"a": []}})
+    (root / "Annotations/a.xml").write_text('<?xml version="1.0" encoding="x-none"?><annotation/>')
+    with pytest.raises(ValueError, match=r"a\.xml: cannot be parsed as XML: .*x-none"):
+        open_dataset(root, "train")

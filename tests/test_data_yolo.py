@@ -115,12 +115,14 @@ def test_labels_without_image_are_reported_and_images_without_labels_are_negativ
         open_dataset(tmp_path, "train")
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_images_are_always_turned_upright(tmp_path: Path, orientation: int) -> None:
+def test_images_are_always_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
     write_yolo(tmp_path, ROBOFLOW, {"a": "0 0.25 0.5 0.5 1"})
+    (tmp_path / "train/images/a.jpg").unlink()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    write_image(tmp_path / "train/images/a.jpg", exif=exif)  # as stored, it is brighter at the bottom
+    write_image(tmp_path / f"train/images/a{suffix}", exif=exif)  # as stored, it is brighter at the bottom
     image, target = open_dataset(tmp_path, "train")[0]
     height, width = (HEIGHT, WIDTH) if orientation == 3 else (WIDTH, HEIGHT)
     assert image.shape == (3, height, width) and target["boxes"].tolist() == [[0, 0, width / 2, height]]
@@ -160,3 +162,30 @@ def test_a_yaml_file_of_another_name_is_used_if_it_is_the_only_one(tmp_path: Pat
     (tmp_path / "other.yaml").write_text("names: [a]")
     with pytest.raises(ValueError, match="several YAML files with names; call one of them data"):
         open_dataset(tmp_path, "train")
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    """Notebooks and macOS write copies into hidden folders and beside the files."""
+    write_yolo(tmp_path, "train: train/images\nnames: [red]", {"a": "0 0.5 0.5 0.2 0.2", "._a": "?"})
+    write_image(tmp_path / "train/images/.ipynb_checkpoints/a-checkpoint.jpg")
+    dataset = open_dataset(tmp_path, "train")
+    assert dataset.files == ["train/images/a.jpg"] and dataset.problems == []
+
+
+@pytest.mark.parametrize("folder", ["{root}/images", "lists/../images", "images"])
+def test_lists_may_have_paths_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    root = tmp_path / "cells"
+    write_yolo(root, "train: train.txt\nnames: [red]", {"a": "0 0.5 0.5 0.2 0.2"}, "images")
+    (root / "lists").mkdir()
+    (root / "train.txt").write_text(f"{folder.format(root=root)}/a.jpg\nimages/a.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    for given in (root, Path("cells"), Path("./cells/../cells")):
+        dataset = open_dataset(given, "train")
+        assert dataset.files == ["images/a.jpg"] and len(dataset.target(0)["labels"]) == 1
+
+
+def test_problems_have_the_number_of_the_line_in_the_file(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "train: train/images\nnames: [red]", {"a": "0 0.5 0.5 0.2 0.2\n\n7 0.5 0.5 0.2 0.2\n"})
+    assert open_dataset(tmp_path, "train").problems == [
+        "train/labels/a.txt: line 3: data.yaml has no name for class 7; dropped"
+    ]

@@ -7,6 +7,7 @@ Modules that import torch are imported inside the functions that need them, so t
 
 import sys
 from importlib.util import find_spec
+from io import TextIOWrapper
 
 EXTRA = ("matplotlib", "PIL", "pycocotools", "safetensors", "tensorboard", "torchvision", "tqdm", "typer", "yaml")
 if missing := [name for name in EXTRA if find_spec(name) is None]:
@@ -40,6 +41,8 @@ data_app.command("check")(check_data)
 
 def main() -> None:
     """Run the command line. Errors that the user can correct are printed as one line, without a traceback."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     try:
         app()
     except (ValueError, FloatingPointError, OSError) as error:

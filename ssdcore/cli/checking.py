@@ -14,7 +14,7 @@ def check_data(
     output: Annotated[
         Path | None, option("Folder for the picture ground-truth.png. Default: runs/DATASET-check.")
     ] = None,
-) -> list[str]:
+) -> None:
     """List everything that is wrong with a dataset, count what it holds, and draw some images with their ground truth.
 
     The exit code is 0 if nothing is wrong, and 1 otherwise.
@@ -37,4 +37,3 @@ def check_data(
         print(f"\nwrote {path}, a picture of some images with their ground truth")
     if report.problems:
         raise typer.Exit(1)
-    return report.notes

@@ -27,10 +27,9 @@ def detect(
     from ssdcore.detect import detect_files
     from ssdcore.draw import draw_detections
     from ssdcore.evaluate import to_coco_results
-    from ssdcore.weights import category_ids, load_model
+    from ssdcore.weights import load_model
 
     model, classes = load_model(weights, find_device(device))
-    ids = category_ids(weights)
     model.score_threshold = score_threshold
     output.mkdir(parents=True, exist_ok=True)
     photographs = _photographs(images)
@@ -46,8 +45,10 @@ def detect(
         pictures.append(picture)
         detected_by_image_id[image_id] = detected
         files.append({"id": image_id, "file_name": str(path), "picture": picture.name})
-    write_json(output / "detections.json", to_coco_results(ids, detected_by_image_id))
-    categories = [{"id": category_id, "name": name} for category_id, name in zip(ids, classes, strict=True)]
+    write_json(output / "detections.json", to_coco_results(model.category_ids, detected_by_image_id))
+    categories = [
+        {"id": category_id, "name": name} for category_id, name in zip(model.category_ids, classes, strict=True)
+    ]
     write_json(output / "images.json", {"images": files, "categories": categories})
     count = sum(len(detected["scores"]) for detected in detected_by_image_id.values())
     print(f"wrote {len(pictures)} pictures with {count} objects, detections.json and images.json to {output}")
@@ -59,11 +60,11 @@ def detect(
 
 def _photographs(paths: list[Path]) -> list[Path]:
     """The given files; for a folder, the image files in it, sorted by name."""
-    from ssdcore.data import IMAGE_SUFFIXES
+    from ssdcore.data.images import IMAGE_SUFFIXES, images_in
 
     photographs = []
     for path in paths:
-        files_in_folder = sorted(file for file in path.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files_in_folder = images_in(path)
         if path.is_dir() and not files_in_folder:
             raise ValueError(f"no images in {path}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
         photographs += files_in_folder if path.is_dir() else [path]

@@ -44,10 +44,11 @@ def open_split(
 
     dataset = open_dataset(data, split, classes, split_file=split_file)
     if dataset.problems:
-        print(f"{len(dataset.problems)} problems in {split} of {data}:")
+        count = len(dataset.problems)
+        print(f"{count} problem{'s' if count > 1 else ''} in {split} of {data}:")
         print("\n".join(f"  {problem}" for problem in dataset.problems[:MAX_PROBLEMS]))
-        if len(dataset.problems) > MAX_PROBLEMS:
-            print(f"  and {len(dataset.problems) - MAX_PROBLEMS} more: `ssdcore data check {data}` lists all")
+        if count > MAX_PROBLEMS:
+            print(f"  and {count - MAX_PROBLEMS} more: `ssdcore data check {data}` lists all")
     return dataset
 
 

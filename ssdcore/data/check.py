@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +18,9 @@ from ssdcore.anchors import AnchorConfig
 from ssdcore.cores import usable_cores
 from ssdcore.data.columns import listed
 from ssdcore.data.dataset import DetectionDataset
-from ssdcore.data.images import IMAGE_SUFFIXES, Inspection
-from ssdcore.data.opening import available_splits, find_division, find_layout
-from ssdcore.data.split import PARTS, part_of
+from ssdcore.data.images import Inspection, images_in
+from ssdcore.data.opening import Layout, available_splits, find_division, find_layout, find_reader
+from ssdcore.data.split import PARTS, Division, part_of
 from ssdcore.data.statistics import reach, relative_boxes, table_of_counts, table_of_reach, table_of_sizes
 from ssdcore.draw import contact_sheet, draw_detections
 
@@ -64,15 +66,15 @@ def check_dataset(root: str | Path, *, quiet: bool = False) -> Report:
         quiet: show no progress bar.
 
     Raises:
-        ValueError: the layout is unknown, or no split can be read.
+        ValueError: the layout is unknown.
     """
-    root = Path(root)
-    layout = find_layout(root)
+    root = Path(os.path.abspath(root))  # whole, so that nothing else in a message looks like it
+    layout, division = find_layout(root), find_division(root)
     problems: list[str] = []
     datasets: dict[str, DetectionDataset] = {}
     for split in available_splits(root):
         try:
-            datasets[split] = _open(root, split, problems)
+            datasets[split] = _open(root, layout, division, split, problems)
         except ValueError as error:
             problems.append(str(error))
     inspections = _inspect(datasets, problems, quiet)
@@ -111,11 +113,8 @@ def draw_sheet(datasets: Mapping[str, DetectionDataset]) -> Image.Image | None:
     for dataset in splits:
         count = min(len(dataset), max(1, PICTURES // len(splits)))
         for index in (number * len(dataset) // count for number in range(count)):
-            try:
-                dataset.inspect(index)
-            except ValueError:
-                continue
-            pictures.append(_picture(dataset, index))
+            with suppress(ValueError):  # images that cannot be read are problems of the report
+                pictures.append(_picture(dataset, index))
     return contact_sheet(pictures, SHEET_COLUMNS) if pictures else None
 
 
@@ -125,10 +124,9 @@ def _without_trainval(datasets: Mapping[str, DetectionDataset]) -> list[Detectio
     return [dataset for split, dataset in datasets.items() if split not in redundant]
 
 
-def _open(root: Path, split: str, problems: list[str]) -> DetectionDataset:
+def _open(root: Path, layout: Layout, division: Division | None, split: str, problems: list[str]) -> DetectionDataset:
     """What can be read of a split, with everything else in `problems`."""
-    division = find_division(root)
-    annotations = find_layout(root).readers[division.source if division else split](None)
+    annotations = find_reader(layout, division, split, root)(None)
     problems += annotations.columns.errors
     dataset = DetectionDataset(split, annotations)
     if division and split in PARTS:
@@ -226,14 +224,14 @@ def _notes_on_images(inspections: Mapping[str, Mapping[str, Inspection]]) -> lis
 
 def _images_in_no_split(root: Path, datasets: Mapping[str, DetectionDataset]) -> list[str]:
     used = {(dataset.root / file).resolve() for dataset in datasets.values() for file in dataset.files}
-    files = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = images_in(root, "**/*")
     unused = [path.relative_to(root).as_posix() for path in files if path.resolve() not in used]
     return _note("in no split", unused)
 
 
 def _note(text: str, files: Iterable[str]) -> list[str]:
     names = list(files)
-    return [f"{len(names)} images {text}: {listed(names)}"] if names else []
+    return [f"{len(names)} image{'s' if len(names) > 1 else ''} {text}: {listed(names)}"] if names else []
 
 
 def _list(kind: str, lines: Sequence[str]) -> str:

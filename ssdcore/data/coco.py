@@ -17,6 +17,7 @@ REQUIRED_FIELDS = {
     "annotations": ("image_id", "category_id"),
     "categories": ("id", "name"),
 }
+LARGEST_ID = 2**63 - 1  # ids become tensors of int64
 ROBOFLOW_NAME = "_annotations.coco.json"
 
 
@@ -102,7 +103,7 @@ def _categories(source: Path, categories: Sequence[Mapping[str, Any]], sources: 
 
     Of several categories with the same name, only the one with objects is included, or the last if none has objects.
     """
-    names = {category["id"]: category["name"] for category in sorted(categories, key=lambda c: c["id"])}
+    names = {category["id"]: str(category["name"]) for category in sorted(categories, key=lambda c: c["id"])}
     ids_by_name = defaultdict(list)
     for category_id, name in names.items():
         ids_by_name[name].append(category_id)
@@ -137,8 +138,11 @@ def _parse(path: Path) -> Mapping[str, list[dict[str, Any]]]:
                 raise ValueError(
                     f"{path}: each of {part!r} must have the fields {listed(fields)}, got {str(entry)[:200]}"
                 )
-            if not all(isinstance(entry[field], int) for field in fields if field.endswith("id")):
-                raise ValueError(f"{path}: ids in {part!r} must be integers, got {str(entry)[:200]}")
+            ids = [entry[field] for field in fields if field.endswith("id")]
+            if not all(isinstance(number, int) and abs(number) <= LARGEST_ID for number in ids):
+                raise ValueError(f"{path}: ids in {part!r} must be integers of 64 bits, got {str(entry)[:200]}")
+            if part == "images" and not isinstance(entry["file_name"], str):
+                raise ValueError(f"{path}: file_name must be a text, got {str(entry)[:200]}")
     return content
 
 
@@ -170,6 +174,8 @@ def _images(
 
 
 def _report_duplicates(columns: Columns, json_name: str, content: Mapping[str, list[dict[str, Any]]]) -> None:
+    for category_id, count in _repeated(category["id"] for category in content["categories"]):
+        columns.errors.append(f"{json_name}: {count} categories have the same id, {category_id}")
     for image_id, count in _repeated(image["id"] for image in content["images"]):
         columns.errors.append(f"{json_name}: {count} images have the same id, {image_id}")
     for name, count in _repeated(image["file_name"] for image in content["images"]):

@@ -166,7 +166,12 @@ def listed(values: Iterable[object], most: int = MAX_LISTED) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, without the spaces around them.
+    """The lines of `numbered_lines` alone."""
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, without the spaces around them, each with its number from 1.
 
     Raises:
         ValueError: the file is not UTF-8. The message names it.
@@ -175,7 +180,7 @@ def read_lines(path: Path) -> list[str]:
         lines = path.read_text(encoding=TEXT_ENCODING).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be a text file in UTF-8: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def inside(root: Path, path: Path) -> bool:

@@ -55,14 +55,26 @@ def read_rgb(path: str | Path, size: tuple[int, int] | None = None) -> Image.Ima
         raise ValueError(_cannot_be_read(path, error)) from error
 
 
+def images_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """Return the image files that match a glob pattern in a folder, sorted.
+
+    Hidden files and what lies in hidden folders are left out, because notebooks and macOS put copies there.
+    """
+    files = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
 def size_in_header(path: Path, upright: bool = False) -> tuple[int, int]:
-    """Return (height, width) of an image file in pixels without decoding it, as stored or turned `upright`.
+    """Return (height, width) of an image file in pixels, as stored or turned `upright`. Decodes no format but TIFF.
 
     Raises:
-        ValueError: the header cannot be read. The message names the file.
+        ValueError: the header, or a TIFF, cannot be read. The message names the file.
     """
     try:
         with Image.open(path) as file:
+            if upright and file.format == "TIFF":
+                # Pillow exchanges the sides of a TIFF when it opens it, but removes the orientation when it loads it.
+                file.load()
             turned = upright and file.getexif().get(ORIENTATION_TAG, 1) in SWAPS_SIDES
             return (file.width, file.height) if turned else (file.height, file.width)
     except Exception as error:  # Pillow's decoders raise many types of exception

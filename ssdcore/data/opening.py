@@ -71,14 +71,10 @@ def open_dataset(
         raise ValueError(f"classes must not contain duplicates, got {list(classes)}")
     layout = find_layout(root)
     division = find_division(root, split_file)
-    source = division.source if division and split in PARTS else split
-    if source not in layout.readers:
-        splits = available_splits(root, split_file=split_file)
-        raise ValueError(f"no split {source!r} in {root}: it has {listed(splits, len(splits))}")
-    annotations = layout.readers[source](classes)
+    annotations = find_reader(layout, division, split, root)(classes)
     if annotations.columns.errors:
         raise ValueError(_joined(annotations, root))
-    dataset = DetectionDataset(source, annotations)
+    dataset = DetectionDataset(split, annotations)
     return part_of(dataset, division, split) if division and split in PARTS else dataset
 
 
@@ -125,7 +121,7 @@ def make_split(root: str | Path, fraction: float, *, seed: int = 0, fallback: st
     splits = available_splits(root)
     if len(splits) != 1:
         raise ValueError(f"split needs a dataset with a single split, but {root} has {', '.join(splits)}")
-    files = open_dataset(root, splits[0]).files
+    files = list(dict.fromkeys(open_dataset(root, splits[0]).files))
     division = Division(root / SPLIT_FILE, splits[0], fraction, seed, *divide(files, fraction, seed))
     try:
         write_division(division)
@@ -139,14 +135,37 @@ def make_split(root: str | Path, fraction: float, *, seed: int = 0, fallback: st
 
 
 def existing_split_file(root: str | Path, run: str | Path) -> Path | None:
-    """Return the split file in the folder of a run, else the one in the dataset's folder, else None."""
-    return next((path for path in (Path(run) / SPLIT_FILE, Path(root) / SPLIT_FILE) if path.is_file()), None)
+    """Return the split file in the folder of a run, else the one in the dataset's folder, else None.
+
+    The run may have been trained on another dataset. Its file is passed over if it divides a split that the dataset
+    does not have.
+    """
+    of_run, of_dataset = Path(run) / SPLIT_FILE, Path(root) / SPLIT_FILE
+    if of_run.is_file() and read_division(of_run).source in find_layout(Path(root)).readers:
+        return of_run
+    return of_dataset if of_dataset.is_file() else None
 
 
 def find_division(root: Path, split_file: str | Path | None = None) -> Division | None:
     """Return the content of `split_file`, by default of the one in `root`, or None if there is none."""
     path = Path(split_file) if split_file is not None else root / SPLIT_FILE
     return read_division(path) if split_file is not None or path.is_file() else None
+
+
+def find_reader(layout: Layout, division: Division | None, split: str, root: Path) -> Reader:
+    """Return what reads a split, or the split that is divided into it.
+
+    Raises:
+        ValueError: the dataset has no such split.
+    """
+    source = division.source if division and split in PARTS else split
+    if source not in layout.readers:
+        splits = PARTS if division and source == split else sorted(layout.readers)
+        message = f"no split {source!r} in {root}: it has {listed(splits, len(splits))}"
+        if division and source != split:
+            message += f"; {division.path} divides {source!r}, so delete this file if the dataset has other splits now"
+        raise ValueError(message)
+    return layout.readers[source]
 
 
 def find_layout(root: Path) -> Layout:

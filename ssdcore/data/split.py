@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +53,7 @@ def divide(files: Sequence[str], fraction: float, seed: int) -> tuple[list[str],
             f"{len(files)} images"
         )
     # Hashes instead of a random generator: no version of a library changes them.
-    order = sorted(files, key=lambda name: (hashlib.sha256(f"{seed}/{name}".encode()).digest(), name))
+    order = sorted(files, key=lambda name: (hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest(), name))
     return sorted(order[:count]), sorted(order[count:])
 
 
@@ -76,7 +78,7 @@ def write_division(division: Division) -> None:
     from ssdcore.weights import write_atomically
 
     content = {name: value for name, value in division._asdict().items() if name != "path"}
-    write_atomically(division.path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(division.path, json.dumps(content, indent=1).encode())
 
 
 def part_of(dataset: DetectionDataset, division: Division, part: str) -> DetectionDataset:
@@ -87,18 +89,20 @@ def part_of(dataset: DetectionDataset, division: Division, part: str) -> Detecti
     Raises:
         ValueError: an image of the division is not in the dataset.
     """
-    index_of = {file: index for index, file in enumerate(dataset.files)}
+    indices_of: dict[str, list[int]] = defaultdict(list)  # several images of COCO may have the same file
+    for index, file in enumerate(dataset.files):
+        indices_of[file].append(index)
     wanted = division.files(part)
-    if missing := [file for file in wanted if file not in index_of]:
+    if missing := [file for file in wanted if file not in indices_of]:
         raise ValueError(
-            f"{division.path} lists {len(missing)} images that the dataset does not have: {listed(missing)}; "
-            "delete the file to divide the images again"
+            f"{division.path} lists images that {dataset.root} does not have ({len(missing)}): {listed(missing)}; "
+            "if images were removed, delete the file to divide the others again"
         )
-    subset = dataset.subset([index_of[file] for file in wanted])
+    subset = dataset.subset([index for file in wanted for index in indices_of[file]])
     subset.split = part
-    if added := index_of.keys() - division.train - set(division.val):
+    if added := indices_of.keys() - division.train - set(division.val):
         subset.add_problem(
-            f"{division.path.name}: {len(added)} images are in neither part: {listed(sorted(added))}; left out "
+            f"{division.path.name}: images in neither part ({len(added)}): {listed(sorted(added))}; left out "
             "(delete the file to divide the images again)"
         )
     return subset

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ssdcore.data.columns import Annotations, Columns, Reader, finite_numbers, listed, read_lines
-from ssdcore.data.images import IMAGE_SUFFIXES
+from ssdcore.data.images import images_in
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -21,6 +21,7 @@ VOC_CLASSES = (
 # Where the XML files and the images of one folder may lie, relative to it. labelImg writes XML beside the image or into
 # a folder of the user's choice, Roboflow beside it.
 XML_FOLDERS = (".", "annotations", "Annotations", "images")
+XML_FILES = "[!.]*.xml"  # macOS writes a hidden file beside each file on some disks
 IMAGE_FOLDERS = (".", "images", "JPEGImages")
 
 
@@ -34,8 +35,8 @@ def find_lists(root: Path) -> dict[str, Reader]:
     folders = folders or [path.parent for path in (*root.glob("*/Annotations"), *root.glob("*/*/Annotations"))]
     found: dict[Path, dict[str, Reader]] = {}
     for folder in folders:
-        annotated = {path.stem for path in (folder / "Annotations").glob("*.xml")}
-        lists = sorted(folder.glob("ImageSets/Main/*.txt"))
+        annotated = {path.stem for path in (folder / "Annotations").glob(XML_FILES)}
+        lists = sorted(folder.glob("ImageSets/Main/[!.]*.txt"))
         splits = {path.stem: path for path in lists if not _is_class_list(path, annotated)}
         if splits:
             found[folder] = {name: partial(_read_list, folder, path) for name, path in splits.items()}
@@ -60,7 +61,7 @@ def _xml_files(folder: Path) -> list[Path]:
     """The XML files of a folder of images, or an empty list if no image has the name of one."""
     images = _images(folder, Columns())
     for name in XML_FOLDERS:
-        files = sorted((folder / name).glob("*.xml"))
+        files = sorted((folder / name).glob(XML_FILES))
         if any(path.stem in images for path in files):
             return files
     return []
@@ -78,7 +79,7 @@ def _is_class_list(path: Path, annotated: Set[str]) -> bool:
 def _read_list(root: Path, source: Path, classes: Sequence[str] | None) -> Annotations:
     columns = Columns()
     stems = read_lines(source)
-    xml_files = {path.stem: path for path in sorted((root / "Annotations").glob("*.xml"))}
+    xml_files = {path.stem: path for path in sorted((root / "Annotations").glob(XML_FILES))}
     for stem, count in Counter(stems).items():
         if stem not in xml_files:
             columns.errors.append(f"{source}: {stem} is listed, but Annotations/{stem}.xml is missing")
@@ -107,8 +108,8 @@ def _images(folder: Path, columns: Columns) -> dict[str, Path]:
     """The images of a folder by stem. If two have the same stem, the first one by name is used."""
     images: dict[str, Path] = {}
     for name in IMAGE_FOLDERS:
-        for path in sorted((folder / name).glob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES and images.setdefault(path.stem, path) != path:
+        for path in images_in(folder / name):
+            if images.setdefault(path.stem, path) != path:
                 columns.add_problem(f"{path}: {images[path.stem].name} has the same name; this file is left out")
     return images
 
@@ -181,7 +182,7 @@ def _parse(files: Iterable[Path], columns: Columns) -> dict[Path, ElementTree.El
     for path in files:
         try:
             tree = ElementTree.parse(path).getroot()
-        except (ElementTree.ParseError, UnicodeDecodeError, ValueError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             columns.errors.append(f"{path}: cannot be parsed as XML: {error}")
             continue
         if tree.tag == "annotation":

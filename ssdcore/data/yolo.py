@@ -19,8 +19,17 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssdcore.data.columns import Annotations, Columns, Reader, finite_numbers, inside, listed, read_lines
-from ssdcore.data.images import IMAGE_SUFFIXES, size_in_header
+from ssdcore.data.columns import (
+    Annotations,
+    Columns,
+    Reader,
+    finite_numbers,
+    inside,
+    listed,
+    numbered_lines,
+    read_lines,
+)
+from ssdcore.data.images import images_in, size_in_header
 
 SPLITS = ("train", "val", "test")
 NO_LABELS = {"classes.txt", "labels.txt"}  # lists of class names that annotation tools write into a folder of labels
@@ -142,12 +151,12 @@ def _read(
     for image, file in label_files.items():
         try:
             height, width = size_in_header(image, upright=True)
-            lines = read_lines(file) if file.is_file() else []
+            lines = numbered_lines(file) if file.is_file() else []
         except ValueError as error:
             columns.errors.append(str(error))
             continue
         columns.add_image(root, image, len(columns.files), (height, width), str(file))
-        for number, line in enumerate(lines, start=1):
+        for number, line in lines:
             description = f"{file.relative_to(root).as_posix()}: line {number}"
             values = finite_numbers(line.split(), len(line.split()))
             if values is None or not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)):
@@ -169,8 +178,7 @@ def _images(root: Path, places: Sequence[Path], columns: Columns) -> list[Path]:
     images: dict[Path, None] = {}
     for place in places:
         if place.is_dir():
-            found = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            images |= dict.fromkeys(found)
+            images |= dict.fromkeys(images_in(place, "**/*"))
             continue
         for line in read_lines(place):
             path = place.parent / line
@@ -179,7 +187,8 @@ def _images(root: Path, places: Sequence[Path], columns: Columns) -> list[Path]:
             elif not path.is_file():
                 columns.errors.append(f"{place}: image {line} is missing")
             else:
-                images[path] = None
+                # The same path for the same image, however the lists write it.
+                images[root / os.path.relpath(path, root)] = None
     return list(images)
 
 
@@ -195,7 +204,7 @@ def _report_unused_labels(root: Path, label_files: Mapping[Path, Path], columns:
     folders = {file.parent: image.parent for image, file in label_files.items() if file.parent != image.parent}
     for label_folder, image_folder in sorted(folders.items()):
         stems = {path.stem for path in image_folder.iterdir()}
-        for path in sorted(label_folder.glob("*.txt")):
+        for path in sorted(label_folder.glob("[!.]*.txt")):
             if path.stem not in stems and path.name not in NO_LABELS:
                 columns.add_problem(f"{path.relative_to(root).as_posix()}: no image has this name; left out")
 
