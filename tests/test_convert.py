@@ -30,7 +30,7 @@ from ssdcore.anchors import SSD300_COCO, SSD300_VOC, AnchorConfig, make_anchors
 from ssdcore.data import VOC_CLASSES
 from ssdcore.models import MODELS, ssd300_tiny
 from ssdcore.objects import DetectedObjects
-from ssdcore.weights import Converted, category_ids, convert, convert_file, load_model, save_weights
+from ssdcore.weights import Converted, convert, convert_file, load_model, save_weights
 from ssdcore.weights.class_names import COCO, class_names
 from ssdcore.weights.files import POSTPROCESS_FIELDS
 from ssdcore.weights.sources import SOURCES, Source
@@ -574,7 +574,9 @@ def test_every_layout_is_recognised(source: Source) -> None:
     with torch.device("meta"):
         names = source.their_names(MODELS[source.model](2).state_dict())
     state = {name: torch.zeros(1) for name in names.values()} | {"ema.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=rf"no whole {source.model} of {source.project}: missing .* none; .* 1: ema.w"):
+    with pytest.raises(
+        ValueError, match=rf"incomplete {source.model} of {source.project}: missing .*: none; .* 1: ema.w"
+    ):
         convert(state)
 
 
@@ -649,15 +651,18 @@ def changed(**changes: Tensor | None) -> State:
     [
         (
             lambda: changed(**{"vgg.0.bias": None}),
-            r"no whole ssd300_vgg16 of amdegroot.*: missing are 1: vgg.0.bias; .*",
+            r"incomplete ssd300_vgg16 of amdegroot.*: missing tensors: 1: vgg.0.bias; .*",
         ),
-        (lambda: changed(**{"vgg.9.bias": torch.zeros(1)}), r"missing are none; unexpected are 1: vgg.9.bias"),
+        (
+            lambda: changed(**{"vgg.9.bias": torch.zeros(1)}),
+            r"missing tensors: none; unexpected tensors: 1: vgg.9.bias",
+        ),
         (lambda: changed(**{"vgg.0.bias": torch.zeros(3)}), r"1: vgg.0.bias \[3\], expected \[64\]"),
         (lambda: changed(**{"conf.1.bias": torch.zeros(9)}), r"1: conf.1.bias \[9\], expected \[126\]"),
-        (lambda: {"fc.weight": torch.zeros(1)}, r"no known project saves such tensors: found 1: fc.weight; known are"),
+        (lambda: {"fc.weight": torch.zeros(1)}, r"no known project saves such tensors: found 1: fc.weight; the known"),
         (
             lambda: {"epoch": 3},
-            r"no known project saves such tensors: found none; known are torchvision's ssd300_vgg16,",
+            r"no known project saves such tensors: found none; the known ones: torchvision's ssd300_vgg16,",
         ),
     ],
     ids=["missing", "unexpected", "shape", "classes differ", "unknown", "no tensors"],
@@ -718,8 +723,9 @@ def test_the_command_writes_a_file_that_load_model_reads(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     assert "NVIDIA SSD300 v1.1" in result.output
     model, classes = load_model(output)
-    assert classes == tuple(COCO.values()) and category_ids(output) == tuple(COCO)
+    assert classes == model.classes == tuple(COCO.values()) and model.category_ids == tuple(COCO)
     expected: Any = convert(theirs.checkpoint).model
+    assert (expected.classes, expected.category_ids) == (model.classes, model.category_ids)
     for name in POSTPROCESS_FIELDS:
         assert getattr(model, name) == getattr(expected, name)
     assert model.iou_threshold < 0.5 == torch.tensor(model.iou_threshold).nextafter(torch.tensor(1.0))
@@ -730,7 +736,9 @@ def test_the_command_writes_a_file_that_load_model_reads(tmp_path: Path) -> None
 
 def test_the_command_takes_names_from_a_file(tmp_path: Path) -> None:
     torch.save(theirs_of("amdegroot 300").checkpoint, tmp_path / "ssd.pth")
-    (tmp_path / "names.txt").write_text("chat\nchien\n\n")
+    (tmp_path / "names.txt").write_text(
+        "chat\nchien\n\n", encoding="utf-8-sig"
+    )  # with a byte order mark, as on Windows
     arguments = ["convert", str(tmp_path / "ssd.pth"), str(tmp_path / "x.safetensors"), "--classes"]
     result = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "names.txt")])
     assert result.exit_code == 0, result.output

@@ -168,7 +168,7 @@ def test_onnx_decides_ties_and_equal_thresholds_as_the_op_does(settings: dict[st
 
 
 def test_the_command_says_what_it_wrote(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = export(weights, format="onnx", output=tmp_path / "two.onnx", batch="2")
+    path = export(weights, format="onnx", output=tmp_path / "new folder" / "two.onnx", batch="2")
     printed = capsys.readouterr().out.splitlines()
     assert f"wrote {path}: ssd300_tiny with 3 classes" in printed[-6]
     assert [line.split(maxsplit=1) for line in printed[-5:]] == [

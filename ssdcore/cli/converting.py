@@ -32,9 +32,10 @@ def convert(
     Known are torchvision's ssd300_vgg16, NVIDIA's SSD300 v1.1, and the SSDs on VGG-16 of amdegroot/ssd.pytorch,
     lufficc/SSD and MMDetection.
     """
+    from ssdcore.data.columns import read_lines
     from ssdcore.weights import convert_file
 
-    names = [line.strip() for line in classes.read_text().splitlines() if line.strip()] if classes else None
+    names = read_lines(classes) if classes else None
     output.parent.mkdir(parents=True, exist_ok=True)
     converted = convert_file(checkpoint, output, names, anchors)
     print(f"{checkpoint} is {converted.model.name} of {converted.project}; wrote {output}")

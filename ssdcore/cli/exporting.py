@@ -22,7 +22,7 @@ def export(
     The outputs have fixed shapes: boxes (x1, y1, x2, y2 in pixels of the input), scores, labels and num_detections.
     """
     from ssdcore.export import FORMATS, export_model
-    from ssdcore.weights import category_ids, load_model
+    from ssdcore.weights import load_model
 
     if format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format}")
@@ -32,8 +32,9 @@ def export(
     if path.suffix != f".{format}":
         raise ValueError(f"output must end in .{format}, got {path}")
     model, classes = load_model(weights, find_device(device))
+    path.parent.mkdir(parents=True, exist_ok=True)
     batch_size = None if batch == "dynamic" else int(batch)
-    inputs, outputs = export_model(model, path, classes, category_ids(weights), batch_size=batch_size)
+    inputs, outputs = export_model(model, path, classes, model.category_ids, batch_size=batch_size)
     print(f"wrote {path}: {model.name} with {len(classes)} classes, {path.stat().st_size / 1e6:.1f} MB")
     for kind, ports in (("input", inputs), ("output", outputs)):
         for name, dtype, shape in ports:

@@ -5,11 +5,10 @@ their checkpoints.
 """
 
 from ssdcore.weights.convert import Converted, convert, convert_file
-from ssdcore.weights.files import category_ids, description, fine_tuned, load_model, save_weights, write_atomically
+from ssdcore.weights.files import description, fine_tuned, load_model, save_weights, write_atomically
 
 __all__ = [
     "Converted",
-    "category_ids",
     "convert",
     "convert_file",
     "description",

@@ -38,8 +38,8 @@ def convert(
 ) -> Converted:
     """Build a model from what another project saved. The names and shapes of the tensors tell which project it was.
 
-    Known are torchvision's `ssd300_vgg16`; NVIDIA's SSD300 v1.1 with each of its ResNets; SSD300 of
-    amdegroot/ssd.pytorch; SSD300 and SSD512 of lufficc/SSD and of MMDetection (version 2.14 or later).
+    The known checkpoints are those of torchvision's `ssd300_vgg16`; NVIDIA's SSD300 v1.1 with each of its ResNets;
+    SSD300 of amdegroot/ssd.pytorch; SSD300 and SSD512 of lufficc/SSD and of MMDetection (version 2.14 or later).
 
     The model has the project's default boxes with their clip rule, normalisation of pixels, score and IoU thresholds
     and numbers of candidates and detections, and clips boxes before or after NMS as the project's code does. So it
@@ -104,6 +104,7 @@ def convert(
         if theirs in state and ours not in not_loaded
     }
     model.load_state_dict(model.state_dict() | loaded)
+    model.classes, model.category_ids = classes, ids
     return Converted(model.eval(), source.project, classes, ids, not_loaded)
 
 
@@ -166,14 +167,14 @@ def _recognise(state: Mapping[str, Tensor]) -> tuple[Source, dict[str, str]]:
     source, names = max(names_by_source, key=lambda item: likeness(item[1]))
     if likeness(names) < LEAST_LIKENESS:
         projects = ", ".join(dict.fromkeys(f"{source.project}'s {source.model}" for source in SOURCES))
-        raise ValueError(f"no known project saves such tensors: found {_listed(state)}; known are {projects}")
+        raise ValueError(f"no known project saves such tensors: found {_listed(state)}; the known ones: {projects}")
     # Older versions of PyTorch saved no such counters, and no model here reads them.
     needed = {theirs for ours, theirs in names.items() if not ours.endswith(".num_batches_tracked")}
     missing, unexpected = needed - state.keys(), state.keys() - set(names.values())
     if missing or unexpected:
         raise ValueError(
-            f"this is no whole {source.model} of {source.project}: "
-            f"missing are {_listed(missing)}; unexpected are {_listed(unexpected)}"
+            f"this is an incomplete {source.model} of {source.project}: "
+            f"missing tensors: {_listed(missing)}; unexpected tensors: {_listed(unexpected)}"
         )
     return source, names
 
@@ -186,7 +187,7 @@ def _check_shapes(source: Source, names: Mapping[str, str], state: Mapping[str, 
         if theirs in state and state[theirs].shape != expected[ours]
     ]
     if wrong:
-        raise ValueError(f"this is no {source.model} of {source.project}: other shapes have {_listed(wrong)}")
+        raise ValueError(f"this is no {source.model} of {source.project}: wrong shapes: {_listed(wrong)}")
 
 
 def _classes_and_ids(classes: Sequence[str] | None, num_classes: int) -> tuple[tuple[str, ...], tuple[int, ...]]:

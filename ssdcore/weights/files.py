@@ -89,12 +89,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[SS
     return model.eval().to(device), model.classes
 
 
-def category_ids(path: str | Path) -> tuple[int, ...]:
-    """Return the id of each class of `load_model(path)` in the dataset that the model was trained on."""
-    header, _ = _read(path)
-    return tuple(header["category_ids"])
-
-
 def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]]:
     """Build a model for `classes` that starts training from the weights in `path`.
 
@@ -110,6 +104,7 @@ def fine_tuned(path: str | Path, classes: Sequence[str]) -> tuple[SSD, list[str]
     """
     header, tensors = _read(path)
     model = _build(header, len(classes) + 1)
+    model.classes = tuple(classes)
     initial = model.state_dict()
     same_classes = header["classes"] == list(classes)
     not_loaded = [] if same_classes else [name for name in initial if name.startswith("head.classification_head.")]
