@@ -23,7 +23,9 @@ VOC_MIN_IOU = 0.5  # VOC devkit, VOCopts.minoverlap
 COCO_METRICS = (  # in the order of COCOeval.stats
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
-TRUE_POSITIVE, FALSE_POSITIVE, NOT_COUNTED = 1, 0, -1  # what a detected object counts as
+# What a detected object counts as. The last is one matched with an annotated object that is ignored. In COCO's metrics
+# it is also one beyond the 100 best of its image and class.
+TRUE_POSITIVE, FALSE_POSITIVE, NOT_COUNTED = 1, 0, -1
 
 
 def evaluate_detections(

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -297,6 +298,22 @@ def test_the_curves_of_the_training_have_a_point_per_epoch(whole: tuple[Page, An
     page, _ = whole
     lines = [(line["points"] or "").split() for line in page.all("polyline")]
     assert [len(points) for points in lines[:4]] == [3, 3, 3, 2]  # two losses, lr, and AP50 from the second epoch on
+
+
+def test_epochs_without_a_score_do_not_interrupt_the_curve(shapes: DetectionDataset, tmp_path: Path) -> None:
+    record = training(0.1, 0.2, 0.3)
+    del record["epochs"][1]["val"]
+    detections = imperfect(shapes)
+    write_report(tmp_path / "report.html", shapes, detections, described(shapes, detections), record)
+    lines = [(line["points"] or "").split() for line in Page(tmp_path / "report.html").all("polyline")]
+    assert [len(points) for points in lines[:4]] == [3, 3, 3, 2]
+
+
+def test_names_of_files_need_not_be_valid_text(tmp_path: Path) -> None:
+    dataset = make_dataset([[(A, 1, False)]])
+    dataset._files = np.array([os.fsdecode(b"caf\xe9.jpg")])
+    write_report(tmp_path / "report.html", dataset, {}, described(dataset, {}))
+    assert "caf?.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_names_cannot_become_markup(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def evaluate(
     run = weights[0].parent
     output = output or run / split
     training = _training_record(run)
-    if training is not None and output.resolve() == run.resolve():
+    if _training_record(output) is not None:
         raise ValueError(f"output must not be {output}, because its metrics.json, the record of a run, would be lost")
     dataset = _open_with_classes(data, split, classes, weights[0])
     num_workers = share_cores(workers)

@@ -40,4 +40,5 @@ def write_report(
         ValueError: as in `evaluate_detections`.
     """
     matches = match_objects(dataset, detections)
-    write_atomically(path, page(dataset, matches, metrics, training).encode())
+    # Names of files need not be valid text.
+    write_atomically(path, page(dataset, matches, metrics, training).encode(errors="replace"))

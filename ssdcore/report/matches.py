@@ -15,7 +15,7 @@ import torch
 from torchvision.ops import box_iou
 
 from ssdcore.data import DetectionDataset
-from ssdcore.evaluate import check_detections, coco_evaluation
+from ssdcore.evaluate import FALSE_POSITIVE, NOT_COUNTED, TRUE_POSITIVE, check_detections, coco_evaluation
 from ssdcore.objects import DetectedObjects
 
 MIN_IOU = 0.5
@@ -23,10 +23,6 @@ NEVER = -1.0  # in place of a score, of an annotated object that no detected obj
 NO_ROW = -1
 THRESHOLDS = tuple(k / 20 for k in range(1, 20))  # of the score, 0.05, 0.1, ..., 0.95
 RECALLS = np.linspace(0, 1, 101)  # at which COCO's AP averages the precision
-
-# What a detected object counts as. The last is one matched with an annotated object that is ignored, or one beyond the
-# 100 best of its image and class, which COCO's metrics do not look at.
-TRUE_POSITIVE, FALSE_POSITIVE, NOT_COUNTED = 1, 0, -1
 
 
 @dataclass(frozen=True)

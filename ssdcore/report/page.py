@@ -141,20 +141,18 @@ def _classes(dataset: DetectionDataset, matches: Matches, metrics: Mapping[str, 
 
 def _training(training: Mapping[str, Any]) -> Html:
     epochs = training["epochs"]
-    numbers = [epoch["epoch"] for epoch in epochs]
+    scored = [epoch for epoch in epochs if "val" in epoch]
 
-    def line(name: str, values: Sequence[float | None]) -> Series:
-        return Series(name, numbers, values)
+    def line(name: str) -> Series:
+        return Series(name, [epoch["epoch"] for epoch in epochs], [epoch[name] for epoch in epochs])
 
-    losses = ("classification", "bbox_regression")
     charts = [
-        line_chart("Loss", [line(name, [epoch[name] for epoch in epochs]) for name in losses], "epoch", "loss"),
-        line_chart("Learning rate at each epoch's end", [line("lr", [epoch["lr"] for epoch in epochs])], "epoch", "lr"),
+        line_chart("Loss", [line("classification"), line("bbox_regression")], "epoch", "loss"),
+        line_chart("Learning rate at each epoch's end", [line("lr")], "epoch", "lr"),
     ]
-    if any("val" in epoch for epoch in epochs):
-        scores = [epoch["val"]["AP50"] if "val" in epoch else None for epoch in epochs]
-        title = "AP50 on the validation split"
-        charts.append(line_chart(title, [line("AP50", scores)], "epoch", "AP50", y_range=(0, 1)))
+    if scored:
+        scores = Series("AP50", [epoch["epoch"] for epoch in scored], [epoch["val"]["AP50"] for epoch in scored])
+        charts.append(line_chart("AP50 on the validation split", [scores], "epoch", "AP50", y_range=(0, 1)))
     text = f"{len(epochs)} epochs. The weights are those of epoch {training['best']}."
     return tag("div", tag("p", text), tag("div", charts, class_="charts"))
 
