@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def main(data: Path, output: Path) -> None:
             folder = output / f"{normalizer}-{accumulate}"
             toy_run(data, folder, config, model=model_without_chance(), validate=True)
     rank = dist.get_rank()
+    free = model_without_chance()
+    toy_run(data, output / "free", replace(EQUAL, freeze=None, epochs=1), model=free, validate=True)
+    torch.save(free.state_dict(), output / f"free-{rank}.pt")
     recorder = Recorder(data)
     toy_run(data, output / "read", EQUAL, epochs=1, val_set=recorder.dataset)
     (output / f"read-{rank}.json").write_text(json.dumps(recorder.read))

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,9 @@ def test_train_and_evaluate_write_their_files(shapes: Path, tmp_path: Path) -> N
 
     weights = run / "model.safetensors"
     result = invoke("evaluate", "--weights", weights, "--data", shapes, "--split", "val", "--output", run, *options)
+    assert isinstance(result.exception, ValueError) and "the record of a run, would be lost" in str(result.exception)
+    other = Path(shutil.copytree(run, tmp_path / "other"))  # another run
+    result = invoke("evaluate", "--weights", weights, "--data", shapes, "--split", "val", "--output", other, *options)
     assert isinstance(result.exception, ValueError) and "the record of a run, would be lost" in str(result.exception)
 
     result = invoke("train", "--data", shapes, "--output", run, "--epochs", 1, *options)
@@ -410,7 +414,7 @@ def test_train_divides_a_dataset_without_splits_and_evaluate_sees_the_held_out_i
     record = json.loads((run / "metrics.json").read_text())
     assert (record["settings"]["images"], record["settings"]["val_images"]) == (6, 2)
     assert record["unreadable"] == [f"train/{damaged.name}"]
-    assert "1 images could not be read, others took their place" in result.output
+    assert "images that could not be read, whose place others took: 1;" in result.output
     assert "is divided as" in result.output and str(data / "ssdcore-split.json") in result.output.replace("\n", "")
 
     result = invoke("evaluate", "--weights", run / "model.safetensors", "--data", data, "--split", "val", *options[-4:])
@@ -460,6 +464,8 @@ def test_images_without_objects_are_left_out_unless_they_are_kept_and_mined(
     model, train_set, _ = arguments_of_fit(monkeypatch, data=data, output=tmp_path, keep_empty=True)
     assert (len(train_set), model.min_negatives) == (6, 3)
     assert "left out" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="keep-empty needs normalizer batch"):
+        cli.train(data=data, output=tmp_path, keep_empty=True, normalizer="image", device="cpu", workers=0)
 
 
 @pytest.mark.parametrize("strict", [False, True])

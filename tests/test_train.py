@@ -126,14 +126,15 @@ def test_only_some_epochs_of_a_long_run_are_scored(shapes: Path, tmp_path: Path)
     assert record["best"] in (2, 4, 5)
 
 
+@pytest.mark.parametrize("layer", ["backbone.first.1", "backbone.second.1"])  # one is before a normalisation
 def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images_and_the_tensor(
-    shapes: Path, tmp_path: Path
+    shapes: Path, tmp_path: Path, layer: str
 ) -> None:
     class Breaking(SSD):
         def forward(self, *arguments: Any) -> Any:
             self.steps_left -= 1
             if self.steps_left == 0:
-                self.backbone.second[1].register_forward_hook(lambda *_: torch.full((4, 8, 2, 2), torch.nan))
+                self.get_submodule(layer).register_forward_hook(lambda _layer, _inputs, output: output * torch.nan)
             return super().forward(*arguments)
 
     model = toy_model()
@@ -141,7 +142,7 @@ def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images_and_the
     model.steps_left = 4  # the second batch of the second epoch
     message = (
         r"nan.* in epoch 2, batch 2 \(step 4\), with images \d+\.jpg(, \d+\.jpg){3}; the first tensor that is not "
-        r"finite is the output of backbone\.second\.1;.*last\.pt is the state before it"
+        rf"finite is the output of {layer};.*last\.pt is the state before it"
     )
     with pytest.raises(FloatingPointError, match=message):
         toy_run(shapes, tmp_path, model=model, checkpoint_seconds=0)
@@ -149,11 +150,13 @@ def test_a_loss_that_is_not_finite_raises_an_error_that_names_the_images_and_the
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_a_gradient_that_is_not_finite_is_named(shapes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["backbone.first.1.weight", "backbone.second.1.bias"])
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_named(shapes: Path, tmp_path: Path, name: str, factor: float) -> None:
     model = toy_model()
-    model.backbone.first[1].weight.register_hook(lambda gradient: gradient * torch.inf)
+    model.get_parameter(name).register_hook(lambda gradient: gradient * factor)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"step 1\).* is the gradient of backbone\.first\.1\.weight; use a"):
+    with pytest.raises(FloatingPointError, match=rf"step 1\).* is the gradient of {name}; use a"):
         toy_run(shapes, tmp_path, model=model)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 

@@ -21,6 +21,7 @@ from ssdcore.models import MODELS, ssd300_tiny, ssd300_vgg16
 from ssdcore.synthetic import make_synthetic
 from ssdcore.train import TrainConfig, load_config, own_recipe, recipe
 from ssdcore.train.optimizer import make_optimizer, parameter_groups
+from ssdcore.train.progress import duration
 from ssdcore.train.recipes import NAMES, SMALL_STEPS, anchors_for
 from ssdcore.train.schedule import lr_at, one_cycle, with_drops
 
@@ -193,3 +194,17 @@ def test_a_recipe_builds_its_model_with_its_default_boxes(monkeypatch: pytest.Mo
     )
     assert result.exit_code == 130 and "--weights-backbone" in result.output
     assert built["anchors"] == SSD300_VOC and built["config"].augmentation == "caffe"
+
+
+def test_lamb_clips_no_gradient_of_its_own() -> None:
+    pytest.importorskip("timm")
+    optimizer = make_optimizer(ssd300_tiny(4), CONFIG.changed(optimizer="lamb"))
+    assert {group["max_grad_norm"] for group in optimizer.param_groups} == {None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (5399, "90 min"), (5400, "1 h 30 min"), (7199, "2 h 0 min")],
+)
+def test_durations_are_as_exact_as_an_estimate(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

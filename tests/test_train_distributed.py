@@ -76,6 +76,12 @@ def test_two_processes_give_the_losses_gradients_and_scores_of_one(
         torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-3, atol=1e-5)
 
 
+def test_all_processes_score_the_statistics_that_are_saved(ended: tuple[Path, str, float]) -> None:
+    states = [torch.load(ended[0] / f"free-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert states[0]["backbone.first.2.running_mean"].abs().sum() > 0
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
 def test_every_image_is_scored_once(ended: tuple[Path, str, float]) -> None:
     shares = [json.loads((ended[0] / f"read-{rank}.json").read_text()) for rank in (0, 1)]
     # What process 0 reads afterwards are the annotations, for the score.

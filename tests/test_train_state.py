@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ TIMES = {"seconds", "images_per_s", "data_wait"}  # what differs between two run
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_data(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as `plain_environment` gives to other processes, because sums depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Interrupting(DetectionDataset):
@@ -103,11 +114,11 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_run(
 
 
 def test_lines_that_will_be_written_again_are_removed(shapes: Path, tmp_path: Path) -> None:
-    """The only state is that of the first step, while lines have been written for three."""
+    """The last state is that of the second step, while lines have been written for three."""
     toy_run(shapes, tmp_path / "expected", validate=True, log_steps=1)
     with pytest.raises(KeyboardInterrupt):
         toy_run(shapes, tmp_path / "run", train_set=dataset(shapes, Interrupting), validate=True, log_steps=1)
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 1
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 2
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')  # a line that was cut off
     toy_run(shapes, tmp_path / "run", validate=True, log_steps=1, resume=True)
@@ -149,6 +160,7 @@ print(kills)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_killed_at_any_moment_ends_bit_identical(shapes: Path, tmp_path: Path) -> None:
     config = CONFIG.changed(epochs=12, checkpoint_seconds=0, ema=0.9, keep=3, log_steps=5, validate_every=3)
     toy_run(shapes, tmp_path / "expected", config, validate=True)
@@ -187,6 +199,38 @@ def test_sigterm_ends_scoring_at_once_and_it_is_repeated(shapes: Path, tmp_path:
     assert state["step"] == 4 and len(state["history"]) == 1
     toy_run(shapes, tmp_path / "run", validate=True, resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "expected")
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="needs process groups")
+def test_sigterm_to_the_process_group_of_a_run_with_workers_writes_the_state(shapes: Path, tmp_path: Path) -> None:
+    """torchrun and `timeout` send the signal to the whole group, in which the workers would be."""
+    script = (
+        "import sys; from pathlib import Path; from toy import toy_run; "
+        "toy_run(Path(sys.argv[1]), Path(sys.argv[2]), epochs=2000, workers=1, checkpoint_seconds=1e9)"
+    )
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(shapes), str(run)],
+        cwd=Path(__file__).parent, env=plain_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(state_files(run)) < 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the middle of any step
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert torch.load(run / "last.pt", weights_only=True)["step"] > 1
+
+
+def test_a_state_is_written_with_the_weights_of_a_best_epoch(shapes: Path, tmp_path: Path) -> None:
+    """A run that is resumed from before that epoch might score it differently, and not write its weights again."""
+    train_set = dataset(shapes, Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(shapes, tmp_path, train_set=train_set, validate=True, checkpoint_seconds=1e9)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 2 and len(state["history"]) == 1
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def damage(path: Path, how: str) -> None:
@@ -242,7 +286,7 @@ def test_the_last_states_are_kept(tmp_path: Path, keep: int, names: list[str]) -
     assert [path.stem for path in state_files(tmp_path)] == names
     steps = [torch.load(path, weights_only=True)["step"] for path in state_files(tmp_path)]
     assert steps == [4, 3, 2][:keep]
-    assert read_state(tmp_path, {})[0]["step"] == 4
+    assert read_state(tmp_path, {})["step"] == 4
     write_state(tmp_path, {**state, "settings": {}, "history": [], "step": 5}, 1)  # a smaller number removes files
     assert [path.stem for path in state_files(tmp_path)] == ["last"]
 

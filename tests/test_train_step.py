@@ -12,12 +12,13 @@ pytest.importorskip("torchvision")
 from toy import CONFIG, toy_data, toy_model, toy_run
 
 from ssdcore.data import open_dataset
+from ssdcore.models import ssd300_vgg16
 from ssdcore.train.config import TrainConfig
 from ssdcore.train.distributed import Group
 from ssdcore.train.ema import MovingAverage
 from ssdcore.train.freeze import freeze
 from ssdcore.train.optimizer import make_optimizer
-from ssdcore.train.step import Stepper, precision_on, tf32
+from ssdcore.train.step import Stepper, fast_backends, precision_on
 from ssdcore.transforms import collate, train_transform
 
 
@@ -122,15 +123,22 @@ def test_biases_may_learn_faster(batch: Any) -> None:
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.25, 0.5}
 
 
-def test_precision_is_chosen_by_the_device() -> None:
-    assert precision_on(torch.device("cuda"), "auto") == "bf16" and precision_on(torch.device("cpu"), "auto") == "fp32"
+def test_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert precision_on(torch.device("cuda"), "auto") == expected
+    assert precision_on(torch.device("cpu"), "auto") == "fp32"
     assert precision_on(torch.device("cuda"), "tf32") == "tf32"
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+def test_settings_of_the_backends_are_restored() -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     for enabled in (True, False):
-        with tf32(enabled):
-            assert torch.backends.cudnn.allow_tf32 == enabled
+        with fast_backends(tf32=enabled):
+            assert cudnn.benchmark and cudnn.allow_tf32 == enabled
             assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")
-    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+    assert (cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
 
 
 def test_a_moving_average_follows_the_weights_and_statistics() -> None:
@@ -189,3 +197,12 @@ def test_parts_of_a_model_are_frozen_by_number_or_name(shapes: Path, tmp_path: P
     toy_run(shapes, tmp_path / "run", model=model, freeze="backbone.first")
     unchanged = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
     assert unchanged == {name for name in before if name.startswith("backbone.first.")}  # the statistics too
+
+
+def test_the_scale_of_vgg_is_no_layer_that_a_number_freezes() -> None:
+    with torch.device("meta"):
+        model = ssd300_vgg16(3)
+    freeze(model, "2")
+    frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
+    first, second = [name for name, layer in model.backbone.named_modules() if isinstance(layer, torch.nn.Conv2d)][:2]
+    assert frozen == [f"{first}.weight", f"{first}.bias", f"{second}.weight", f"{second}.bias"]

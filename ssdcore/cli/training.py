@@ -23,6 +23,7 @@ from ssdcore.cli.options import (
     share_cores,
 )
 from ssdcore.train import TrainConfig, load_config
+from ssdcore.train.config import choices_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # With --keep-empty, negatives that are mined at least in each image. An image with a positive has 3 in any case,
 # because three negatives are mined for each positive. So this changes the loss of images without objects alone.
 MIN_NEGATIVES = 3
+TO_CONTINUE = "To continue, repeat the command; for `ssdcore train`, add --resume"  # the demo continues by itself
 NOT_OPTIONS = {"recipe", "model"}  # values of TrainConfig that have options of their own
 TUPLES = {"drops"}  # values that are written as numbers with commas between them
 
@@ -135,6 +137,8 @@ def train(
         net = _model_to_train(chosen, weights, weights_backbone, train_set.classes, output if resume else None)
         if weights is not None:
             chosen = replace(chosen, anchors=None)  # the file says what they are
+        if keep_empty and chosen.normalizer == "image":
+            raise ValueError("keep-empty needs normalizer batch, because image gives images without objects no weight")
         if keep_empty:
             net.min_negatives = MIN_NEGATIVES
         _announce(chosen, torch_device.type, train_set, val_set)
@@ -151,19 +155,16 @@ def train(
             )
         except KeyboardInterrupt:
             if (output / "last.pt").exists():
-                print(
-                    f"\ninterrupted; {output} contains the run so far. To continue, repeat the command "
-                    "(train: --resume)"
-                )
+                print(f"\ninterrupted; {output} contains the run so far. {TO_CONTINUE}")
             raise typer.Exit(130) from None
         except Terminated as stopped:
-            print(f"\n{stopped.message}. To continue, repeat the command (train: --resume)")
+            print(f"\n{stopped.message}. {TO_CONTINUE}")
             raise
         best = record["epochs"][record["best"] - 1]
         which = f"best AP50 on {val_set.split}, {score_text(best['val']['AP50'])}" if val_set else "the last"
         if record["unreadable"]:
             count = len(record["unreadable"])
-            print(f"{count} images could not be read, others took their place; metrics.json lists them")
+            print(f"images that could not be read, whose place others took: {count}; metrics.json lists them")
         print(f"wrote {output / 'model.safetensors'} (epoch {best['epoch']}: {which}), metrics.json and loss.png")
         return record
 
@@ -178,7 +179,7 @@ def _add_values() -> None:
             continue
         kinds = [kind for kind in (hints[value.name], *get_args(hints[value.name])) if kind in (bool, int, float)]
         kind = kinds[0] if kinds and value.name not in TUPLES else str
-        choices = _choices(hints[value.name])
+        choices = choices_of(hints[value.name])
         text = value.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         described = option(text[0].upper() + text[1:] + ".", rich_help_panel="Values that replace the recipe's")
         options.append(
@@ -188,10 +189,6 @@ def _add_values() -> None:
         )
     given = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
     train.__signature__ = signature.replace(parameters=[*given, *options])  # type: ignore[attr-defined]
-
-
-def _choices(hint: Any) -> list[str]:
-    return [choice for part in (hint, *get_args(hint)) for choice in get_args(part) if isinstance(choice, str)]
 
 
 def _configuration(
@@ -216,8 +213,11 @@ def _configuration(
 
 def _print_consequences(config: TrainConfig, images: int, val_set: "DetectionDataset | None") -> None:
     """Print what follows from a configuration for a dataset."""
+    from ssdcore.train.distributed import group
+    from ssdcore.train.loop import with_whole_batches
+
     images = min(images, config.limit or images)
-    config = replace(config, batch_size=min(config.batch_size, images))
+    config = with_whole_batches(config, images, group())
     steps, per_epoch = config.total_steps(images), config.steps_per_epoch(images)
     scored = "no validation split" if val_set is None else f"scored on {len(val_set)} images of {val_set.split}"
     print(

@@ -14,7 +14,8 @@ NOT_NEGATIVE = (
     "min_steps", "momentum", "weight_decay", "bias_lr", "warmup_steps", "warmup_start", "clip_norm", "seed",
     "checkpoint_seconds",
 )  # fmt: skip
-# Values that may change when a run is resumed, because its result does not depend on them.
+# Values that may change when a run is resumed. Its result does not depend on them, except that `accumulate`, like the
+# number of processes, decides which images batch normalisation sees together.
 NOT_COMPARED = frozenset(
     {"recipe", "min_steps", "lr_batch", "compile", "accumulate", "log_steps", "checkpoint_seconds", "keep"}
 )
@@ -72,7 +73,9 @@ class TrainConfig:
     ema: float = _value(0.0, "decay, such as 0.999, of an average of the weights to score and save; 0: none")
     freeze: str | None = _value(None, "how many first layers of the backbone, or names: backbone.features,batchnorm")
 
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = _value("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = _value(
+        "auto", "auto: bf16 on a GPU that computes in it, otherwise fp32"
+    )
     channels_last: bool = _value(True, "lay tensors out by pixels, which GPUs compute fastest")
     accumulate: int = _value(1, "parts that a process computes one after the other for one step")
     sync_bn: bool = _value(False, "batch normalisation with the statistics of all processes; GPUs only")
@@ -172,10 +175,15 @@ def differences(past: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[An
     return {k: (past.get(k), v) for k, v in now.items() if k not in NOT_COMPARED and past.get(k) != v}
 
 
+def choices_of(hint: Any) -> list[str]:
+    """The texts that a field of `TrainConfig` with this type may have, or an empty list if any may be given."""
+    return [choice for option in (hint, *get_args(hint)) for choice in get_args(option) if isinstance(choice, str)]
+
+
 def _check_type(name: str, value: object, hint: Any) -> None:
     if _fits(value, hint):
         return
-    choices = [choice for option in (hint, *get_args(hint)) for choice in get_args(option) if isinstance(choice, str)]
+    choices = choices_of(hint)
     if choices and isinstance(value, str):
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

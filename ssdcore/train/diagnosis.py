@@ -1,33 +1,28 @@
 """Find the tensor in which the first NaN or infinity of a training step appeared."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssdcore.models import SSD
-from ssdcore.objects import Target
 
 
 @torch.no_grad()
-def first_not_finite(model: SSD, images: Tensor, targets: Sequence[Target], autocast: Any) -> str:
+def first_not_finite(model: SSD, images: Tensor, autocast: Any) -> str:
     """Say which tensor is not finite, in the order in which a step computes them.
+
+    The network runs once, whatever is found. With synchronised normalisation, each process must call this function.
 
     Args:
         model: in training mode, with the weights before the step; its statistics may change.
         images: [B, 3, S, S] on the model's device.
-        targets: of the batch.
         autocast: the context in which the step ran.
     """
+    # The statistics of normalisations are left out, because the step has changed them already.
+    broken = [f"{name} of the model" for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if not images.isfinite().all():
-        return "the images"
-    for i, target in enumerate(targets):
-        if not target["boxes"].isfinite().all():
-            return f"the boxes of image {i + 1} of the batch"
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return f"{name} of the model"
+        broken.insert(0, "the images")
     found: list[str] = []
     hooks = []
     for name, layer in model.named_modules():
@@ -35,7 +30,7 @@ def first_not_finite(model: SSD, images: Tensor, targets: Sequence[Target], auto
 
             def look(_layer: Any, _inputs: Any, output: Any, name: str = name) -> None:
                 if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                    found.append(name)
+                    found.append(f"the output of {name}")
 
             hooks.append(layer.register_forward_hook(look))
     try:
@@ -44,7 +39,7 @@ def first_not_finite(model: SSD, images: Tensor, targets: Sequence[Target], auto
     finally:
         for hook in hooks:
             hook.remove()
-    return f"the output of {found[0]}" if found else "the loss"
+    return next(iter(broken + found), "the loss")
 
 
 def gradient_not_finite(model: SSD) -> str | None:

@@ -28,6 +28,11 @@ class Group(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def copy_first(self, tensor: Tensor) -> None:
+        """Copy a tensor of process 0 to all others, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def shared(self, value: T) -> T:
         """The value that process 0 has."""
         if self.size == 1:

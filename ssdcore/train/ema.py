@@ -28,9 +28,9 @@ class MovingAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         old, new = self.model.state_dict(), model.state_dict()
-        floats = [name for name, tensor in old.items() if tensor.is_floating_point()]
+        floats = [name for name in old if old[name].is_floating_point()]
         torch._foreach_lerp_([old[name] for name in floats], [new[name] for name in floats], 1 - decay)
-        counters = [name for name in old if name not in floats]
+        counters = [name for name in old if not old[name].is_floating_point()]
         if counters:
             torch._foreach_copy_([old[name] for name in counters], [new[name] for name in counters])
 

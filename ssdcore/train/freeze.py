@@ -25,13 +25,16 @@ def freeze(model: SSD, what: str | None) -> list[nn.Module]:
         ValueError: there are fewer layers, or no parameter has such a name.
     """
     if what is not None and what.strip().isdigit():
-        layers = [layer for layer in model.backbone.modules() if list(layer.parameters(recurse=False))]
+        # Without the backbone itself, which may have a parameter of its own, as VGG's scale is.
+        _, *inner = model.backbone.modules()
+        layers = [layer for layer in inner if list(layer.parameters(recurse=False))]
         count = int(what)
         if count > len(layers):
             raise ValueError(f"freeze must be at most {len(layers)}, the layers of the backbone, got {count}")
         model.requires_grad_(True)
         for layer in layers[:count]:
-            layer.requires_grad_(False)
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(False)
     elif what is not None:
         for name in (part.strip() for part in what.split(",")):
             _freeze_named(model, name)

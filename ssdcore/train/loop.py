@@ -28,7 +28,7 @@ from ssdcore.train.samples import sample_picture
 from ssdcore.train.schedule import lr_at
 from ssdcore.train.signals import StopRequest, Terminated, listening
 from ssdcore.train.state import read_state, state_files, write_state
-from ssdcore.train.step import NotFiniteError, Stepper, precision_on, tf32
+from ssdcore.train.step import NotFiniteError, Stepper, fast_backends, precision_on
 from ssdcore.train.stream import batches, file_names, limited
 from ssdcore.weights import description, save_weights, write_atomically
 
@@ -103,7 +103,7 @@ def fit(
     device = torch.device(device)
     run = _Run(model, train_set, Path(output), replace(config, model=model.name), val_set, workers, device, quiet)
     precision = precision_on(device, config.precision)
-    with listening() as request, tf32(precision != "fp32"):
+    with listening() as request, fast_backends(tf32=precision != "fp32"):
         run.start(resume)
         try:
             run.train(request)
@@ -131,7 +131,7 @@ class _Run:
         self.processes = group()
         self.quiet = quiet or not self.processes.leads
         self.train_set = limited(train_set, config.limit, config.seed)
-        self.config = _with_whole_batches(config, len(self.train_set), self.processes)
+        self.config = with_whole_batches(config, len(self.train_set), self.processes)
         self.steps_per_epoch = self.config.steps_per_epoch(len(self.train_set))
         self.steps = self.config.total_steps(len(self.train_set))
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
@@ -184,7 +184,6 @@ class _Run:
         if state is not None:
             self._load(state)
         self.train_set.transform = AUGMENTATIONS[config.augmentation](model.anchor_config.image_size)
-        torch.backends.cudnn.benchmark = True  # all batches have the same shape
         self.checkpoint_clock, self.write_clock = Clock(config.checkpoint_seconds), Clock(WRITE_SECONDS)
         self.journal: Journal | None = None
         if processes.leads:
@@ -195,8 +194,7 @@ class _Run:
 
     def _state_to_resume(self, resume: bool) -> dict[str, Any] | None:
         if resume:
-            state, _ = read_state(self.output, self.settings)
-            return state
+            return read_state(self.output, self.settings)
         if state_files(self.output):
             raise ValueError(f"{self.output} contains a run already: resume it, or choose another folder")
         return None
@@ -246,21 +244,22 @@ class _Run:
             # A run may also be resumed where an epoch has been trained and not yet scored.
             if len(self.history) < math.ceil(self.step / self.steps_per_epoch) and self._at_end_of_epoch():
                 self._finish_epoch(request)
+                self._write_state()
             if self.step == self.steps:
                 break
             started = time.perf_counter()
             try:
                 images, targets = next(loader)
             except RuntimeError:
-                # SIGTERM may also have ended a worker.
+                # SIGTERM may also have ended a worker, if it was sent to each process.
                 if not request.arrived:
                     raise
                 self._stop()
             stop = self._train_step(images, targets, started, request)
+            if stop:
+                self._stop()  # a resumed run scores the epoch, if this was its last step
             if self._at_end_of_epoch():
                 self._finish_epoch(request)
-            if stop:
-                self._stop()
             if self.checkpoint_clock.is_due() or self.step == self.steps:
                 self._write_state()
         if self.average is not None:
@@ -332,8 +331,9 @@ class _Run:
                 with request.at_once():
                     epoch_record["val"] = self._score(epoch)
             except (Terminated, RuntimeError):
-                # The other processes may have been asked to stop first, and be gone.
+                # Another process may have been asked to stop, and be gone. No step is being computed.
                 if not request.arrived:
+                    self._write_state()
                     raise
                 self._stop()
         self.history.append(epoch_record)
@@ -345,6 +345,9 @@ class _Run:
         if best_epoch(self.history) == epoch and (write_due or due):
             saved = self.model if self.average is None else self.average.model
             save_weights(saved, self.output / "model.safetensors", self.train_set.classes, self.train_set.category_ids)
+            if due:
+                # A run that is resumed from an older state might repeat this epoch with another score.
+                self._write_state()
         if write_due:
             write_record(self.output, self.record())
 
@@ -364,6 +367,8 @@ class _Run:
         """The metrics on the validation split, of which every process detects objects in its own images."""
         assert self.val_set is not None
         model = self.model if self.average is None else self.average.model
+        for buffer in model.buffers():  # statistics of what each process has seen; process 0 saves its own
+            self.processes.copy_first(buffer)
         own = range(self.processes.rank, len(self.val_set), self.processes.size)
         shares = self.processes.gathered(
             detect_dataset(model, self.val_set, indices=own, workers=self.workers, quiet=True)
@@ -396,7 +401,7 @@ class _Run:
         raise Terminated(f"stopped by SIGTERM after step {self.step} of {self.steps}; {self.output} contains the run")
 
 
-def _with_whole_batches(config: TrainConfig, images: int, processes: Group) -> TrainConfig:
+def with_whole_batches(config: TrainConfig, images: int, processes: Group) -> TrainConfig:
     """The configuration with a batch size that the images fill and that the processes can share."""
     if images == 0:
         raise ValueError("images must be positive, got 0")

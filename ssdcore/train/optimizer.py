@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer == "lars":
         layerwise = Lars(groups, lr, momentum=config.momentum)
     else:
-        layerwise = Lamb(groups, lr)
+        layerwise = Lamb(groups, lr, max_grad_norm=None)  # `clip_norm` clips
     return layerwise
 
 

@@ -1,7 +1,5 @@
 """The progress bar of a run: images per second, the share of time that waits for data, and the time left."""
 
-import math
-
 from tqdm import tqdm
 
 TIMED_STEPS = 5  # after the first step; enough to tell minutes from hours
@@ -78,4 +76,5 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     if seconds < 5400:
         return f"{round(seconds / 60)} min"
-    return f"{math.floor(seconds / 3600)} h {round(seconds % 3600 / 60)} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"

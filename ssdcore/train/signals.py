@@ -1,5 +1,6 @@
-"""SIGTERM, with which schedulers and torchrun ask a run to end: it ends after the step that is being computed."""
+"""SIGTERM, with which schedulers and torchrun ask a run to end: it ends after the step that follows the signal."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,16 @@ class StopRequest:
             yield
         finally:
             self.immediate = False
+
+
+def leave_process_group(_worker: int) -> None:
+    """Keep a process that loads data out of the run's process group.
+
+    torchrun and `timeout` send SIGTERM to the whole group. A worker that it ended would end the run in the middle of a
+    step. The run ends its workers itself.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ssdcore.weights import write_atomically
 NAME = "last"
 FIELDS = frozenset(
     {"model", "optimizer", "average", "scaler", "trained", "settings", "history", "step", "part", "logged"}
-)  # see `Run.state` in `ssdcore.train.loop`
+)  # see `_Run.state` in `ssdcore.train.loop`
 
 
 def state_files(folder: Path) -> list[Path]:
@@ -56,15 +55,12 @@ def write_state(folder: Path, state: dict[str, Any], keep: int) -> None:
     os.replace(new, newest)
 
 
-def read_state(
-    folder: Path, settings: dict[str, Any], warn: Callable[[str], None] = print
-) -> tuple[dict[str, Any], Path]:
+def read_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read the newest state that is whole. Damaged ones that are newer get the suffix ".damaged".
 
     Args:
         folder: of the run.
         settings: those of the run that continues. The state's must be the same.
-        warn: called with a line for each state that is damaged.
 
     Raises:
         ValueError: there is no state, none is whole, or the run had other settings.
@@ -79,13 +75,13 @@ def read_state(
             if position + 1 == len(paths):
                 raise
             path.rename(path.with_suffix(".damaged"))  # so that it does not become one of the kept states
-            warn(f"{error}; resuming from {paths[position + 1].name} instead")
+            print(f"{error}; resuming from {paths[position + 1].name} instead")
             continue
         changed = differences(state["settings"], settings)
         if changed:
             listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
             raise ValueError(f"{path} is the state of a run with other settings: {listed}")
-        return state, path
+        return state
     raise AssertionError
 
 

@@ -91,18 +91,19 @@ class Stepper:
         targets = [{name: target[name][~target["ignore"]] for name in ("boxes", "labels")} for target in targets]
         per_part = len(images) // config.accumulate
         parts = [slice(i, i + per_part) for i in range(0, len(images), per_part)]
-        weights = self._weights(images, targets, parts)
+        truths = [self.model.ground_truth(images[part], targets[part]) for part in parts]
+        weights = self._weights(truths)
 
         torch.manual_seed(mixed_seed(config.seed ^ STEP_SALT, number * processes.size + processes.rank))
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad()
         losses = torch.zeros(3, device=self.device)  # classification, bbox_regression, stop
-        for part, weight in zip(parts, weights, strict=True):
+        for part, truth, weight in zip(parts, truths, weights, strict=True):
             last = part is parts[-1]
             waits = isinstance(self.net, DistributedDataParallel) and not last
             with self.net.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 with self.autocast():
-                    found = self.compute(images[part], self._given(images[part], targets[part]))
+                    found = self.compute(images[part], truth)
                 both = torch.stack([found["classification"], found["bbox_regression"]])
                 if weight is not None:
                     both = both * weight
@@ -112,9 +113,10 @@ class Stepper:
         if stop:
             losses[2] = 1.0
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        # The only wait for the GPU. Everything up to the update is queued by now, and a loss that is not finite must
-        # not reach the weights.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # In fp32 and bf16, the only wait for the GPU. Everything up to the update is queued by now, and a loss that is
+        # not finite must not reach the weights.
         values = torch.cat([processes.sum(losses), norm.detach().float()[None]]).tolist()
         classification, bbox_regression, stopped, grad_norm = values
         finite = math.isfinite(classification) and math.isfinite(bbox_regression)
@@ -124,9 +126,14 @@ class Stepper:
             tensor = None
             if finite:
                 tensor = gradient_not_finite(self.model)
-            elif not own.isfinite().all():
-                tensor = first_not_finite(self.model, images, targets, self.autocast())
+            else:
+                mine = not own.isfinite().all()
+                if mine or config.sync_bn:  # synchronised normalisation waits for all processes
+                    first = first_not_finite(self.model, images, self.autocast())
+                    tensor = first if mine else None
             raise NotFiniteError([classification, bbox_regression], tensor)
+        if config.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return StepResult(classification, bbox_regression, grad_norm, bool(stopped))
@@ -136,49 +143,40 @@ class Stepper:
         dtype = DTYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
 
-    def _weights(
-        self, images: Tensor, targets: Sequence[Target], parts: Sequence[slice]
-    ) -> Sequence[Tensor | float | None]:
+    def _weights(self, truths: Sequence[GroundTruth]) -> Sequence[Tensor | float | None]:
         """Factors that turn the loss of each part into its share of the loss of the whole batch.
 
         DistributedDataParallel takes the mean of the processes' gradients, so that each factor contains their number.
         """
         processes = self.processes.size
-        if processes * len(parts) == 1:
+        if processes * len(truths) == 1:
             return [None]
         if self.config.normalizer == "image":
-            return [1 / len(parts)] * len(parts)
-        truths = [self.model.ground_truth(images[part], targets[part]) for part in parts]
+            return [1 / len(truths)] * len(truths)
         anchors = self.model.anchors
         counts = torch.stack([(match_anchors(truth.boxes, truth.offsets, anchors) >= 0).sum() for truth in truths])
         total = self.processes.sum(counts.sum())
         return list((counts.clamp(min=1) * processes / total.clamp(min=1)).unbind())
 
-    def _given(self, images: Tensor, targets: Sequence[Target]) -> Sequence[Target] | GroundTruth:
-        """What the model gets as targets. A compiled model gets three tensors: each number of dicts compiles anew."""
-        return self.model.ground_truth(images, targets) if self.config.compile else targets
-
-    def _clip(self) -> Tensor:
-        """The norm of the gradient of all parameters, which is clipped if the configuration says so."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.config.clip_norm:
-            return nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
 
 def precision_on(device: torch.device, precision: str) -> str:
     """What "auto" means on a device."""
-    return ("bf16" if device.type == "cuda" else "fp32") if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 @contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """Let the GPU compute in TF32 where tensors are fp32, or forbid it, which PyTorch does not by default."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = enabled
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
+def fast_backends(tf32: bool) -> Iterator[None]:
+    """Let cuDNN try which algorithm is fastest, and the GPU compute in TF32 where tensors are fp32, or forbid that."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    cudnn.benchmark = True  # all batches have the same shape
+    cudnn.allow_tf32 = tf32  # PyTorch allows it by default
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        cudnn.benchmark, cudnn.allow_tf32 = before[:2]
+        torch.set_float32_matmul_precision(before[2])

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssdcore.data import DetectionDataset
 from ssdcore.objects import Target
 from ssdcore.train.config import TrainConfig
+from ssdcore.train.signals import leave_process_group
 from ssdcore.transforms import collate
 
 SEED_MULTIPLIER = 0x9E3779B1  # a prime near 2**32 / golden ratio, from Knuth's multiplicative hashing
@@ -92,6 +93,7 @@ def batches(
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
+            worker_init_fn=leave_process_group,
         )
     )
 
