@@ -205,8 +205,9 @@ def test_sigterm_ends_scoring_at_once_and_it_is_repeated(shapes: Path, tmp_path:
 def test_sigterm_to_the_process_group_of_a_run_with_workers_writes_the_state(shapes: Path, tmp_path: Path) -> None:
     """torchrun and `timeout` send the signal to the whole group, in which the workers would be."""
     script = (
-        "import sys; from pathlib import Path; from toy import toy_run; "
-        "toy_run(Path(sys.argv[1]), Path(sys.argv[2]), epochs=2000, workers=1, checkpoint_seconds=1e9)"
+        "import sys, time; from pathlib import Path; from toy import toy_model, toy_run; model = toy_model(); "
+        "model.backbone.register_forward_hook(lambda *_: time.sleep(0.3)); "  # so that the signal comes during a step
+        "toy_run(Path(sys.argv[1]), Path(sys.argv[2]), model=model, epochs=2000, workers=1, checkpoint_seconds=1e9)"
     )
     run = tmp_path / "run"
     with subprocess.Popen(
@@ -216,7 +217,7 @@ def test_sigterm_to_the_process_group_of_a_run_with_workers_writes_the_state(sha
         deadline = time.monotonic() + 120
         while len(state_files(run)) < 1 and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.5)  # into the middle of any step
+        time.sleep(1)  # some steps
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
