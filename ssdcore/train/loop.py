@@ -63,9 +63,10 @@ def fit(
     - `config.json`: the configuration, and events for TensorBoard, with sample detections beside the annotations.
     - `last.pt`: the state after a step, from which to resume; `last-1.pt` and so on are the ones before it.
 
-    A state is written after the first step, then whenever `checkpoint_seconds` have passed, and at the end. Each file
-    is replaced as a whole, so that a run that is killed at any moment leaves valid files. A resumed run ends with the
-    weights of an uninterrupted run, bit-identical on a CPU with the same number of threads and processes.
+    A state is written after the first step, then whenever `checkpoint_seconds` have passed, with the weights of each
+    epoch that scores best so far, and at the end. Each file is replaced as a whole, so that a run that is killed at any
+    moment leaves valid files. A resumed run ends with the weights of an uninterrupted run, bit-identical on a CPU with
+    the same number of threads and processes.
 
     If torch.distributed is initialised, its processes train together: each calls this function with the same arguments
     and its own device. Process 0 writes the files. A run may be resumed with another number of processes.
