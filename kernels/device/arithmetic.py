@@ -1,4 +1,4 @@
-"""Quotients with the bits of IEEE division, and comparisons of them, for less than a division costs.
+"""Quotients, those of fp32 with the bits of IEEE division, and comparisons of them, for less than a division costs.
 
 A fused multiply-add rounds once. So it gives what a quotient leaves over, x - q * y, without any rounding if q is a
 neighbour of x / y, because that remainder is a number. The theorem is P. Markstein's, in "Computation of elementary
@@ -33,6 +33,12 @@ def fused_multiply_add(x, y, z):
     else:
         result = tl.fma(x, y, z)
     return result
+
+
+@triton.jit
+def whole_quotient(x, y):
+    """x // y of int32 numbers, x from 0 on and y from 1 on. Without signs, it takes fewer instructions."""
+    return (tl.cast(x, tl.int32).to(tl.uint32) // tl.cast(y, tl.int32).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssdcore.kernels.device import boxmath
+from ssdcore.kernels.device.arithmetic import whole_quotient
 from ssdcore.kernels.device.boxmath import Deltas
 from ssdcore.kernels.device.constant import Constant
 from ssdcore.kernels.levels import in_planes, rows_are_dense
@@ -178,38 +179,36 @@ def locate_block(block_number, levels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _planes_of_block(index, block, BLOCK: tl.constexpr):
-    """On which plane each anchor of the level's block `index` lies: its number among the anchors of its cell."""
-    position = index * BLOCK + tl.arange(0, BLOCK)
-    first_plane = index * BLOCK // block.num_cells
+def _planes_of_block(position, block, BLOCK: tl.constexpr):
+    """On which planes anchors at positions in a block lie: their numbers among the anchors of their cells."""
+    first_plane = whole_quotient(block.index * BLOCK, block.num_cells)
     if block.num_cells >= BLOCK:  # the block lies on two planes at most, and no thread need divide for each anchor
         plane = first_plane + (position >= (first_plane + 1) * block.num_cells).to(tl.int32)
     else:
-        plane = position // block.num_cells
+        plane = whole_quotient(position, block.num_cells)
     return plane
 
 
 @triton.jit
-def anchors_of_block(index, block, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """The anchors of the level's block `index`, counted from the level's first anchor, and which of them exist.
-
-    `index` is `block.index`, or counts smaller blocks if BLOCK is smaller.
-    """
-    position = index * BLOCK + tl.arange(0, BLOCK)  # in the order of memory
+def anchors_of_block(block, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """The anchors of a block, counted from the level's first anchor, and which of them exist."""
+    position = block.index * BLOCK + tl.arange(0, BLOCK)  # in the order of memory
     exists = position < block.num_cells * block.per_cell
     anchor = position
     if HEAD.planes:
-        plane = _planes_of_block(index, block, BLOCK)
+        plane = _planes_of_block(position, block, BLOCK)
         anchor = (position - plane * block.num_cells) * block.per_cell + plane
     return anchor, exists
 
 
 @triton.jit
-def span_of_block(index, block, width, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the `width` numbers of each anchor of the level's block `index` lie."""
-    position = index * BLOCK + tl.arange(0, BLOCK)
+def span_of_block(
+    block, width, HEAD: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
+):
+    """Where the `width` numbers of each anchor of a block lie, or of part number PART if it has PARTS parts."""
+    position = block.index * BLOCK + PART * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)
     if HEAD.planes:
-        plane = _planes_of_block(index, block, BLOCK)
+        plane = _planes_of_block(position, block, BLOCK)
         span = Span(plane.to(tl.int64) * ((width - 1) * block.num_cells) + position, block.num_cells)
     else:
         span = Span(position.to(tl.int64) * width, 1)
@@ -220,7 +219,8 @@ def span_of_block(index, block, width, HEAD: tl.constexpr, BLOCK: tl.constexpr):
 def span_of(anchor, block, width, HEAD: tl.constexpr):
     """Where the `width` numbers of any anchors lie, which are counted from the level's first."""
     if HEAD.planes:
-        start = (anchor % block.per_cell * width).to(tl.int64) * block.num_cells + anchor // block.per_cell
+        cell = whole_quotient(anchor, block.per_cell)
+        start = ((anchor - cell * block.per_cell) * width).to(tl.int64) * block.num_cells + cell
         span = Span(start, block.num_cells)
     else:
         span = Span(anchor.to(tl.int64) * width, 1)

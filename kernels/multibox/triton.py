@@ -144,14 +144,14 @@ def _row_loss_kernel(
 ):
     block_number, image = tl.program_id(0), tl.program_id(1)
     block = locate_block(block_number, levels, BLOCK)
-    anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+    anchor_in_level, exists = anchors_of_block(block, HEAD, BLOCK)
     anchor = block.first_anchor + anchor_in_level
     row = image.to(tl.int64) * num_anchors + anchor
     matched = tl.load(truth.matched_ptr + row, mask=exists, other=-1)
     assigned = _assign(truth, matched, exists, image, HEAD)
 
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
-    span = span_of_block(block.index, block, HEAD.classes, HEAD, BLOCK)
+    span = span_of_block(block, HEAD.classes, HEAD, BLOCK)
     top, total, _ = softmax(load_logits(logits_ptr, block, span, exists, HEAD, BLOCK), HEAD)
     log_total = tl.log(total)
     lse = top + log_total
@@ -353,9 +353,8 @@ def _fill_planes_with_zeros(
         block = LevelBlock(block.level, block.index, block.first_anchor, num_cells, block.per_cell)
     anchors_before = image * (block.num_cells * block.per_cell)
     for step in tl.static_range(BLOCK // STEP):
-        index = block.index * (BLOCK // STEP) + step
-        exists = index * STEP + tl.arange(0, STEP) < block.num_cells * block.per_cell
-        span = span_of_block(index, block, HEAD.classes, HEAD, STEP)
+        exists = block.index * BLOCK + step * STEP + tl.arange(0, STEP) < block.num_cells * block.per_cell
+        span = span_of_block(block, HEAD.classes, HEAD, BLOCK, step, BLOCK // STEP)
         class_id = tl.arange(0, HEAD.chunk)[:, None]
         offset = span.start[None, :] + class_id * span.stride
         if ALIGNED:  # said of this very sum: of the result of a function, it would be taken to hold for all its results
@@ -365,7 +364,7 @@ def _fill_planes_with_zeros(
             inside = exists[None, :] & (chunk * HEAD.chunk + class_id < HEAD.classes)
             zeros = tl.zeros(offset.shape, tl.float32)
             tl.store(first_ptr + chunk * HEAD.chunk * span.stride, zeros, mask=inside)
-        span = span_of_block(index, block, 4, HEAD, STEP)
+        span = span_of_block(block, 4, HEAD, BLOCK, step, BLOCK // STEP)
         for number in tl.static_range(4):
             offset = span.start + number * span.stride
             tl.store(grad_deltas_ptr + anchors_before * 4 + offset, tl.zeros([STEP], tl.float32), mask=exists)
@@ -444,7 +443,7 @@ def _backward_kernel(
     else:
         _fill_rows_with_zeros(grad_logits_ptr, grad_deltas_ptr, block, image, HEAD, BLOCK, ZEROS_AT_ONCE)
 
-    anchor_of_block, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+    anchor_of_block, exists = anchors_of_block(block, HEAD, BLOCK)
     first_row = image * num_anchors + block.first_anchor
     selected = tl.load((saved.selected_ptr + first_row) + anchor_of_block, mask=exists, other=0) != 0
     num_selected = tl.sum(selected.to(tl.int32))

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssdcore.kernels.device.arithmetic import LEAST_QUOTIENT, divide, divisor_of
+from ssdcore.kernels.device.arithmetic import LEAST_QUOTIENT, divide, divisor_of, whole_quotient
 from ssdcore.kernels.device.boxmath import (
     Box,
     Deltas,
@@ -205,9 +205,9 @@ def _row_kernel(
         _zero_counters(counters, image, HEAD)
 
     block = locate_block(block_number, levels, BLOCK)
-    anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, BLOCK)
+    anchor_in_level, exists = anchors_of_block(block, HEAD, BLOCK)
     logits_ptr = ptr_of_image(levels.logits, levels.logits_strides, block, image)
-    span = span_of_block(block.index, block, HEAD.classes, HEAD, BLOCK)
+    span = span_of_block(block, HEAD.classes, HEAD, BLOCK)
     top, total, powers = softmax(load_logits(logits_ptr, block, span, exists, HEAD, BLOCK), HEAD)
     # The score of the largest power is the largest score, because division keeps the order.
     score = tl.div_rn(best_foreground(powers, HEAD, BLOCK), total)
@@ -249,7 +249,7 @@ def _rows_of_anchors(ptrs, strides, levels, image, anchor, width, HEAD: tl.const
     anchor_in_level = anchor - first_anchor
     if HEAD.planes:
         stride = num_cells
-        cell = anchor_in_level // per_cell
+        cell = whole_quotient(anchor_in_level, per_cell)
         ptr += ((anchor_in_level - cell * per_cell) * width).to(tl.int64) * num_cells + cell
     else:
         stride = tl.full(anchor.shape, 1, tl.int32)
@@ -577,7 +577,7 @@ def _store_detections(
         keys = tl.load(kept_keys_ptr + index, mask=exists, other=-1)
         rank = tl.where(exists, rank_descending(kept_keys_ptr, keys, count, AT_ONCE), index)
         number = _number_of(keys)
-        class_index = number // sizes.anchors
+        class_index = whole_quotient(number, sizes.anchors)
         anchor = number - class_index * sizes.anchors
         inside = rank < sizes.detections
         box = load_box(boxes_ptr, anchor, exists & inside)
@@ -645,7 +645,7 @@ def _list_all_candidates(
     listed = 0
     for block_number in range(num_blocks):
         block = locate_block(block_number, levels, ANCHORS)
-        anchor_in_level, exists = anchors_of_block(block.index, block, HEAD, ANCHORS)
+        anchor_in_level, exists = anchors_of_block(block, HEAD, ANCHORS)
         anchor = block.first_anchor + anchor_in_level
         row = image * sizes.anchors + anchor
         span = span_of(anchor_in_level, block, HEAD.classes, HEAD)
