@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("typer")
 
-from processes import EQUAL, KILLED, model_without_chance
+from processes import EQUAL, KILLED, SCORED, model_without_chance
 from toy import plain_environment, toy_data, toy_run
 
 from ssdcore.train.stream import Shares
@@ -30,19 +32,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_data(tmp_path_factory.mktemp("data") / "shapes", train=20, val=5)
 
 
+def start(log: IO[str], *arguments: object) -> subprocess.Popen[str]:
+    """Start two processes of `processes.py`."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *command, str(Path(__file__).with_name("processes.py")), *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env=plain_environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def ended(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
     """The folder of the runs of two processes, what they printed, and the seconds that passed after one was killed."""
     output = tmp_path_factory.mktemp("runs")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (output / "log").open("w+") as log:
-        torchrun = subprocess.Popen(
-            [sys.executable, *command, str(Path(__file__).with_name("processes.py")), str(data), str(output)],
-            cwd=Path(__file__).parents[1],
-            env=plain_environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        torchrun = start(log, data, output)
         try:
             state = output / "killed" / "last-1.pt"
             deadline = time.monotonic() + 300
@@ -80,6 +88,28 @@ def test_all_processes_score_the_statistics_that_are_saved(ended: tuple[Path, st
     states = [torch.load(ended[0] / f"free-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert states[0]["backbone.first.2.running_mean"].abs().sum() > 0
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_message(ended: tuple[Path, str, float]) -> None:
+    messages = {(ended[0] / f"nan-{rank}").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    names = r"\d+\.jpg(, \d+\.jpg){7}"  # of both processes
+    assert re.search(rf"step 1\), with images {names}; .* is the output of backbone\.second\.1;", messages.pop())
+
+
+def test_sigterm_to_one_process_during_scoring_loses_no_step(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with (tmp_path / "log").open("w+") as log:
+        torchrun = start(log, data, run, "score")
+        try:
+            code = torchrun.wait(timeout=300)
+        finally:
+            torchrun.kill()
+    assert code != 0
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert state["step"] == 4 and len(state["history"]) == 1, (tmp_path / "log").read_text()
+    record = toy_run(data, run, SCORED, model=model_without_chance(), validate=True, resume=True)
+    assert ["val" in epoch for epoch in record["epochs"]] == [True, True, True]
 
 
 def test_every_image_is_scored_once(ended: tuple[Path, str, float]) -> None:
