@@ -39,7 +39,8 @@ OWN = {
 }
 
 RECIPES = {
-    # The authors' Caffe code, branch ssd, examples/ssd/ssd_pascal.py: biases learn twice as fast and do not decay.
+    # The authors' Caffe code, branch ssd, examples/ssd/ssd_pascal.py, and python/caffe/model_libs.py, by which biases
+    # learn twice as fast and do not decay.
     "vgg-voc": TrainConfig(
         recipe="vgg-voc", model="ssd300_vgg16", anchors="voc", augmentation="caffe", steps=120_000, lr=1e-3,
         decay="not-biases", bias_lr=2.0, drops=(80 / 120, 100 / 120),
