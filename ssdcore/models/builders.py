@@ -104,9 +104,8 @@ def _on_vgg(
     image_mean: Sequence[float] | None,
     image_std: Sequence[float] | None,
 ) -> SSD:
-    weights_name = getattr(weights, "name", weights)  # of a member of torchvision's enum
-    is_imagenets = weights_name in ("DEFAULT", "IMAGENET1K_V1")
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if is_imagenets else (VGG_MEAN, VGG_STD)
+    name = getattr(weights, "name", weights)  # of a member of torchvision's enum
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if name in ("DEFAULT", "IMAGENET1K_V1") else (VGG_MEAN, VGG_STD)
     return SSD(
         VGG16(image_size, weights),
         num_classes,
